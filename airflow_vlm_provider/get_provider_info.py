@@ -1,0 +1,122 @@
+"""What Airflow learns about this package without importing anything else of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_INTEGRATION = "Vision-language models"
+
+# Types are lists with "null" because an empty form field is sent as null, and the form refuses to save a
+# connection whose value does not match. No field has a default: one would be stored with every connection that
+# is made in the form, and could then never be improved by a newer version of this package.
+_CONN_FIELDS: dict[str, dict[str, Any]] = {
+    "engine": {
+        "label": "Engine",
+        "description": (
+            "Who answers: openai (any OpenAI-compatible endpoint; the default), vllm (a vLLM server that the "
+            "worker starts and shares) or transformers (in the task's own process)."
+        ),
+        "schema": {"type": ["string", "null"], "enum": ["openai", "vllm", "transformers"]},
+    },
+    "model": {
+        "label": "Model",
+        "description": (
+            "Default model: the name that the endpoint serves it under, or a Hugging Face repository or a "
+            "local folder for vllm and transformers."
+        ),
+        "schema": {"type": ["string", "null"]},
+    },
+    "max_concurrency": {
+        "label": "Requests in flight",
+        "description": "How many requests one task keeps in flight at most.",
+        "schema": {"type": ["integer", "null"], "minimum": 1},
+    },
+    "requests_per_minute": {
+        "label": "Requests per minute",
+        "description": "Limit for one task; empty for none.",
+        "schema": {"type": ["number", "null"], "exclusiveMinimum": 0},
+    },
+    "tokens_per_minute": {
+        "label": "Tokens per minute",
+        "description": "Limit for one task, prompt and completion together; empty for none.",
+        "schema": {"type": ["number", "null"], "exclusiveMinimum": 0},
+    },
+    "timeout": {
+        "label": "Timeout (seconds)",
+        "description": "How long one request may take before it is tried again.",
+        "schema": {"type": ["number", "null"], "exclusiveMinimum": 0},
+    },
+    "headers": {
+        "label": "Headers",
+        "description": (
+            "HTTP headers sent with every request, as a JSON object. Their values are treated as secrets."
+        ),
+        "schema": {"type": ["object", "null"]},
+    },
+    "price_per_million_prompt_tokens": {
+        "label": "Price of a million prompt tokens",
+        "description": "In US dollars; with both prices, manifests report what a run cost.",
+        "schema": {"type": ["number", "null"], "minimum": 0},
+    },
+    "price_per_million_completion_tokens": {
+        "label": "Price of a million completion tokens",
+        "description": "In US dollars.",
+        "schema": {"type": ["number", "null"], "minimum": 0},
+    },
+    "engine_args": {
+        "label": "Engine arguments",
+        "description": (
+            "Arguments for the vllm or transformers engine as a JSON object, by the names that these libraries "
+            'give them: {"dtype": "bfloat16", "max_model_len": 8192}.'
+        ),
+        "schema": {"type": ["object", "null"]},
+    },
+}
+
+
+def get_provider_info() -> dict[str, Any]:
+    """Describe the provider to Airflow: the connection type with its form, hooks and operators."""
+    return {
+        "package-name": "airflow-provider-vlm",
+        "name": "Vision-language models",
+        "description": "Tags and captions image and video datasets with vision-language models.",
+        "integrations": [
+            {
+                "integration-name": _INTEGRATION,
+                "tags": ["ai"],
+            }
+        ],
+        "hooks": [
+            {"integration-name": _INTEGRATION, "python-modules": ["airflow_vlm_provider.hooks.vlm"]},
+        ],
+        "operators": [
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": [
+                    "airflow_vlm_provider.operators.shards",
+                    "airflow_vlm_provider.operators.image_tagging",
+                ],
+            }
+        ],
+        "connection-types": [
+            {
+                "connection-type": "vlm",
+                "hook-class-name": "airflow_vlm_provider.hooks.vlm.VLMHook",
+                "hook-name": "Vision-language model",
+                "ui-field-behaviour": {
+                    "hidden-fields": ["login"],
+                    "relabeling": {
+                        "password": "API key",
+                        "schema": "Scheme",
+                        "host": "Host or base URL",
+                    },
+                    "placeholders": {
+                        "host": "https://api.openai.com/v1",
+                        "schema": "https",
+                        "password": "leave empty for a server that asks for none",
+                    },
+                },
+                "conn-fields": _CONN_FIELDS,
+            }
+        ],
+    }
