@@ -1,0 +1,210 @@
+"""Stores: where shards and media live. One contract for a local directory and an S3 prefix.
+
+A store is a root and the objects below it, each known by its name relative to the root. No name, and no
+symbolic link, leads out of the root. URIs are taken literally, as S3 and fsspec do: nothing in them is
+percent-decoded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+from airflow_vlm_provider.errors import ConfigError, VLMError
+
+
+class StoreError(VLMError):
+    """A store refused, or could not keep a promise of its contract."""
+
+
+class InvalidNameError(StoreError, ValueError):
+    """The name cannot be an object's: an empty or ``.`` component, a backslash, NUL, not Unicode, too long."""
+
+
+class OutsideRootError(InvalidNameError):
+    """The name, or a symbolic link on its way, leads out of the store's root."""
+
+
+class NotARegularFileError(StoreError, OSError):
+    """The name is a FIFO, a device or a socket: opening one could block for ever or have side effects."""
+
+
+class ObjectTooLargeError(StoreError):
+    """The object has more bytes than the caller is ready to take."""
+
+
+class ObjectChangedError(StoreError, OSError):
+    """The object was replaced or deleted while it was being read; what was read of it so far is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """An object's listing entry.
+
+    :param name: Name relative to the store's root, components separated by ``/``.
+    :param size: Size in bytes.
+    :param identity: Differs whenever the content was replaced: ETag and size on S3, size and modification
+        time on a local disk. Only for comparing with another identity of the same store.
+    """
+
+    name: str
+    size: int
+    identity: str
+
+
+class Store(Protocol):
+    """Objects below a root. Safe to use from several threads at once.
+
+    Every method that takes a name raises :class:`InvalidNameError` (:class:`OutsideRootError` when the name
+    would leave the root), ``PermissionError`` when access is denied and, when it reads, ``FileNotFoundError``
+    when there is no such object.
+    """
+
+    @property
+    def uri(self) -> str:
+        """The root, normalised and with a trailing slash: ``s3://bucket/prefix/``, ``file:///data/images/``."""
+
+    def list(self) -> Iterator[ObjectInfo]:
+        """
+        Yield every object below the root, sorted by name.
+
+        Names with a component that begins with ``_`` or ``.`` are no data and are left out (Hive's and
+        Spark's convention). A local root that does not exist has no objects, as a prefix on S3.
+
+        :raises OutsideRootError: A symbolic link leads out of the root.
+        """
+
+    def stat(self, name: str) -> ObjectInfo:
+        """
+        Look one object up.
+
+        :raises IsADirectoryError: The name is a directory's.
+        """
+
+    def open(self, name: str) -> BinaryIO:
+        """
+        Open an object as a buffered stream to be read from its beginning to its end; the caller closes it.
+
+        A stream never ends early: it delivers all bytes of one version of the object, or raises.
+
+        :raises IsADirectoryError: The name is a directory's.
+        :raises ObjectChangedError: (when reading) the object was replaced or deleted in the meantime.
+        """
+
+    def read(self, name: str, *, max_bytes: int) -> bytes:
+        """
+        Return a whole small object.
+
+        :param max_bytes: Most bytes to take; a larger object is refused before more than that is transferred.
+        :raises ObjectTooLargeError: The object is larger than ``max_bytes``.
+        :raises IsADirectoryError: The name is a directory's.
+        """
+
+    def create(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """
+        Write an object, whole or not at all.
+
+        The object becomes visible, replacing any earlier one, when the body ends normally; when the body
+        raises, nothing becomes visible and nothing is left over. Of two writers at once the last to finish
+        wins whole.
+        """
+
+
+def open_store(uri: str, *, s3_client: Callable[[], Any] | None = None) -> Store:
+    """
+    Open the store at a root.
+
+    :param uri: ``s3://bucket/prefix``, ``file:///path`` or a local path, with or without a trailing slash.
+    :param s3_client: Makes the boto3 S3 client, called once when it is first needed; None uses boto3's own
+        configuration.
+    :raises ConfigError: The URI is of another scheme or incomplete.
+    """
+    # The implementations import this contract, so this module cannot import them at its top.
+    from airflow_vlm_provider.shards.local import LocalStore
+    from airflow_vlm_provider.shards.s3 import S3Store
+
+    scheme, bucket, path = split_uri(uri)
+    if scheme == "s3":
+        return S3Store(bucket=bucket, prefix=path, client_factory=s3_client)
+    return LocalStore(root=path)
+
+
+def locate(uri: str, *, s3_client: Callable[[], Any] | None = None) -> tuple[Store, str | None]:
+    """
+    Tell whether a URI is one object or the root of many.
+
+    :param uri: As for :func:`open_store`. With a trailing slash it is a root without looking.
+    :param s3_client: As for :func:`open_store`.
+    :return: The store that holds the object and the object's name in it, or the store at the root and None.
+        What does not exist is a root: one that lists nothing.
+    :raises ConfigError: The URI is of another scheme or incomplete.
+    """
+    parent, slash, name = uri.rpartition("/")
+    if name in ("", ".", "..") or not split_uri(uri)[2]:
+        return open_store(uri, s3_client=s3_client), None
+    store = open_store(parent + slash if slash else ".", s3_client=s3_client)
+    try:
+        store.stat(name)
+    except (FileNotFoundError, IsADirectoryError):
+        return open_store(uri, s3_client=s3_client), None
+    return store, name
+
+
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """
+    Split a store's or an object's URI.
+
+    :return: ``("s3", bucket, key)`` or ``("file", "", absolute path)``.
+    :raises ConfigError: The URI is of another scheme or incomplete.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        if not uri:
+            raise ConfigError(
+                "An empty URI names no place; give s3://bucket/prefix, file:///path or a local path."
+            )
+        return "file", "", os.path.abspath(uri)  # noqa: PTH100  Path.absolute() keeps ".."
+    authority, slash, path = rest.partition("/")
+    if scheme == "s3":
+        if not authority:
+            raise ConfigError(f"{uri!r} names no bucket; write s3://bucket/prefix.")
+        return "s3", authority, path
+    if scheme == "file":
+        if authority not in ("", "localhost") or not slash:
+            raise ConfigError(
+                f"{uri!r} is not a path on this machine; write file:///path, with three slashes."
+            )
+        return "file", "", os.path.abspath("/" + path)  # noqa: PTH100
+    raise ConfigError(
+        f"{uri!r} has the scheme {scheme!r}; only s3://, file:// and local paths are supported."
+    )
+
+
+def check_name(name: str) -> None:
+    """
+    Check that a name stays below any root when it is appended to it.
+
+    :raises InvalidNameError: It cannot be an object's name.
+    :raises OutsideRootError: It is absolute or has a ``..`` component.
+    """
+    components = name.split("/")
+    if name.startswith("/") or ".." in components:
+        raise OutsideRootError(
+            f"The name {name!r} leads out of its store; give one below its root, without '..'."
+        )
+    if "" in components or "." in components or "\\" in name or "\0" in name:
+        raise InvalidNameError(
+            f"{name!r} cannot be an object's name; separate its parts by single '/', without '.', '\\' or NUL."
+        )
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise InvalidNameError(f"{name!r} cannot be an object's name: it is not valid Unicode.") from None
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a component of the name begins with ``_`` or ``.``: it is then no data."""
+    return any(component.startswith(("_", ".")) for component in name.split("/"))
