@@ -7,8 +7,8 @@ from typing import Any
 _INTEGRATION = "Vision-language models"
 
 # Types are lists with "null" because an empty form field is sent as null, and the form refuses to save a
-# connection whose value does not match. No field has a default: one would be stored with every connection that
-# is made in the form, and could then never be improved by a newer version of this package.
+# connection whose value does not match. No field has a default: one would be stored with every connection
+# that is made in the form, and could then never be improved by a newer version of this package.
 _CONN_FIELDS: dict[str, dict[str, Any]] = {
     "engine": {
         "label": "Engine",
@@ -66,8 +66,8 @@ _CONN_FIELDS: dict[str, dict[str, Any]] = {
     "engine_args": {
         "label": "Engine arguments",
         "description": (
-            "Arguments for the vllm or transformers engine as a JSON object, by the names that these libraries "
-            'give them: {"dtype": "bfloat16", "max_model_len": 8192}.'
+            "Arguments for the vllm or transformers engine as a JSON object, by the names that these "
+            'libraries give them: {"dtype": "bfloat16", "max_model_len": 8192}.'
         ),
         "schema": {"type": ["object", "null"]},
     },
