@@ -53,12 +53,12 @@ _CONN_FIELDS: dict[str, dict[str, Any]] = {
         ),
         "schema": {"type": ["object", "null"]},
     },
-    "price_per_million_prompt_tokens": {
+    "prompt_price_per_million": {
         "label": "Price of a million prompt tokens",
         "description": "In US dollars; with both prices, manifests report what a run cost.",
         "schema": {"type": ["number", "null"], "minimum": 0},
     },
-    "price_per_million_completion_tokens": {
+    "completion_price_per_million": {
         "label": "Price of a million completion tokens",
         "description": "In US dollars.",
         "schema": {"type": ["number", "null"], "minimum": 0},
