@@ -1,0 +1,166 @@
+"""The manifest: the commit of one shard under one step.
+
+It is written last, after the output and the dead letters, so whoever finds it finds all of them. A shard whose
+manifest names the same input and the same fingerprint, and no failures, has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, BinaryIO, Protocol
+
+from airflow_vlm_provider.errors import VLMError
+from airflow_vlm_provider.types import Outcome, Usage
+
+MAX_MANIFEST_BYTES = 1024 * 1024
+
+
+class Files(Protocol):
+    """What the ledger needs of the place that it is kept in: a store of the shards' room has it."""
+
+    def read(self, name: str, *, max_bytes: int) -> bytes: ...
+
+    def create(self, name: str) -> AbstractContextManager[BinaryIO]: ...
+
+
+class UnaccountedError(VLMError):
+    """Rows went in that came out nowhere. Nothing is committed; this is a defect of this package."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """How many rows ended how, and what they cost. ``rows_in == ok + cached + skipped + failed``, always.
+
+    :param rows_in: Rows read, malformed ones included.
+    :param rows_out: Rows written.
+    :param ok: Rows answered (or found to need no answer) by this run.
+    :param cached: Rows answered from what an earlier run had asked.
+    :param skipped: Rows with nothing to do, written back as they were.
+    :param failed: Rows that became dead letters.
+    :param cost_usd: US dollars by the connection's prices; None when it names none.
+    """
+
+    rows_in: int = 0
+    rows_out: int = 0
+    ok: int = 0
+    cached: int = 0
+    skipped: int = 0
+    failed: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float | None = None
+
+    def add(self, outcome: Outcome, *, rows_out: int) -> None:
+        """Count one row's end."""
+        setattr(self, outcome.status, getattr(self, outcome.status) + 1)
+        self.rows_out += rows_out
+        self.requests += outcome.usage.requests
+        self.prompt_tokens += outcome.usage.prompt_tokens
+        self.completion_tokens += outcome.usage.completion_tokens
+
+    def __add__(self, other: Counts) -> Counts:
+        mine, theirs = asdict(self), asdict(other)
+        cost = None
+        if self.cost_usd is not None or other.cost_usd is not None:
+            cost = (self.cost_usd or 0.0) + (other.cost_usd or 0.0)
+        return Counts(**{key: cost if key == "cost_usd" else mine[key] + theirs[key] for key in mine})
+
+    def check(self) -> None:
+        """Raise unless every row is accounted for.
+
+        :raises UnaccountedError: the sum is off.
+        """
+        if self.rows_in != self.ok + self.cached + self.skipped + self.failed:
+            raise UnaccountedError(
+                f"{self.rows_in} rows were read, but {self.ok} ok + {self.cached} cached + {self.skipped} skipped"
+                f" + {self.failed} failed do not add up to them. Nothing was committed; please report this."
+            )
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.requests, self.prompt_tokens, self.completion_tokens)
+
+
+@dataclass(slots=True)
+class Manifest:
+    """One shard's commit.
+
+    :param counts: Stands at the top level of the JSON.
+    :param model: The model that was asked.
+    :param fingerprint: Hash of everything besides the input that decides the output.
+    :param input: ``uri`` and ``identity`` of the shard that was read.
+    :param output: ``uri`` of what was written.
+    :param errors: URI of the dead letters; None when there are none.
+    :param started_at: ISO 8601, UTC.
+    :param written_by: DAG, run, task, map index and try that wrote it; at the top level of the JSON.
+    """
+
+    counts: Counts
+    model: str
+    fingerprint: str
+    input: Mapping[str, str]
+    output: Mapping[str, str]
+    errors: str | None
+    started_at: str
+    finished_at: str
+    provider_version: str
+    written_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as the JSON object on disk."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("counts", "written_by")}
+        return {**asdict(self.counts), **own, **self.written_by}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Read :meth:`to_json`'s object back.
+
+        :raises KeyError: a field is missing.
+        """
+        counts = {f.name: data[f.name] for f in fields(Counts)}
+        own = {f.name: data[f.name] for f in fields(cls) if f.name not in ("counts", "written_by")}
+        rest = {key: value for key, value in data.items() if key not in counts and key not in own}
+        return cls(counts=Counts(**counts), written_by=rest, **own)
+
+
+def ledger_folder(shard: str, step: str) -> str:
+    """The folder of a shard's ledger under the destination."""
+    return f"_vlm/{shard}/{step}"
+
+
+def fingerprint(**parts: Any) -> str:
+    """Hash what decides an output, given as JSON values by name: equal exactly when all parts are.
+
+    SHA-256 over the canonical JSON (sorted keys, no spaces, ASCII), in hexadecimal.
+
+    :raises TypeError: a part is not a JSON value.
+    """
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_manifest(files: Files, shard: str, step: str) -> Manifest | None:
+    """Read a shard's manifest; None when there is none, or it is not readable as one (the shard is then redone)."""
+    try:
+        data = files.read(f"{ledger_folder(shard, step)}/manifest.json", max_bytes=MAX_MANIFEST_BYTES)
+    except FileNotFoundError:
+        return None
+    try:
+        return Manifest.from_json(json.loads(data))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def save_manifest(files: Files, shard: str, step: str, manifest: Manifest) -> None:
+    """Commit: write a shard's manifest.
+
+    :raises UnaccountedError: its counts do not add up; nothing is written.
+    """
+    manifest.counts.check()
+    with files.create(f"{ledger_folder(shard, step)}/manifest.json") as stream:
+        stream.write(json.dumps(manifest.to_json(), indent=2, ensure_ascii=False).encode() + b"\n")

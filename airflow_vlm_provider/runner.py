@@ -1,0 +1,422 @@
+"""Shards through one step: read -> ask -> write -> commit.
+
+Rows are read in order, worked on many at a time and written in order. What is held in memory is bounded: so many
+samples are worked on at once, so many media are loaded at once, and so many finished rows wait for a slow one
+before them. What a shard writes appears whole at its commit or not at all, and its manifest comes last.
+
+Everything that blocks (reading, media, writing, committing) happens in threads; the event loop only waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from datetime import datetime, timezone
+from itertools import islice
+from typing import Any, TypeVar
+
+import airflow_vlm_provider
+from airflow_vlm_provider.engines.base import Engine
+from airflow_vlm_provider.errors import EngineError, SampleError, VLMError
+from airflow_vlm_provider.ledger.dead_letters import DeadLetters
+from airflow_vlm_provider.ledger.manifest import Counts, Manifest, fingerprint, load_manifest, save_manifest
+from airflow_vlm_provider.progress import CountingReader, Progress
+from airflow_vlm_provider.shards.formats import RowWriter, shard_format
+from airflow_vlm_provider.shards.media import MediaLoader
+from airflow_vlm_provider.shards.stores import ObjectInfo, Store
+from airflow_vlm_provider.steps.base import Step
+from airflow_vlm_provider.types import Answer, MediaRef, Outcome, Request, Result, Sample, Usage
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+READ_BATCH_ROWS = 64
+READ_BATCH_BYTES = 1024 * 1024
+WRITE_BATCH_ROWS = 256
+# Finished rows that may wait for a slow one before them. Beyond either bound, no new rows are begun.
+BACKLOG_ROWS = 4096
+BACKLOG_BYTES = 64 * 1024 * 1024
+# Shards open at once: while the last rows of one are answered, the next are begun, so that the engine never waits.
+OPEN_SHARDS = 4
+
+
+class ShardRunner:
+    """Takes shards through one step with one engine.
+
+    :param step: What to ask and what to make of it.
+    :param engine: Who answers. It is entered by the caller, and only needed when :meth:`run_all` is.
+    :param source: Where the shards are.
+    :param destination: Where outputs and the ledger go.
+    :param media: Loads what the samples refer to.
+    :param prices: US dollars per million prompt and completion tokens; None when unknown.
+    :param written_by: Who runs this, for the manifest: DAG, run, task, map index, try.
+    :param overwrite: Do shards again that are done already.
+    """
+
+    def __init__(
+        self,
+        *,
+        step: Step,
+        engine: Engine,
+        source: Store,
+        destination: Store,
+        media: MediaLoader,
+        prices: tuple[float, float] | None = None,
+        written_by: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.step = step
+        self.engine = engine
+        self.source = source
+        self.destination = destination
+        self.media = media
+        self.prices = prices
+        self.written_by = dict(written_by or {})
+        self.overwrite = overwrite
+        self.fingerprint = fingerprint(
+            step={"name": step.name, **step.parameters()},
+            engine=dict(engine.parameters()),
+            media=dict(media.parameters()),
+        )
+        # A little more than the engine keeps in flight, so that the next requests stand ready, media loaded.
+        ahead = engine.concurrency + max(8, engine.concurrency // 2)
+        self._samples = ahead
+        self._requests = ahead
+        self.progress = Progress(shards=0, total_bytes=0)
+
+    def committed(self, shard: ObjectInfo) -> Manifest | None:
+        """The shard's manifest, if it says that nothing is left to do. Blocks on the store."""
+        if self.overwrite:
+            return None
+        manifest = load_manifest(self.destination, shard.name, self.step.name)
+        if manifest is None or manifest.counts.failed or manifest.fingerprint != self.fingerprint:
+            return None
+        if manifest.input.get("identity") != shard.identity:
+            return None
+        try:
+            output = self.destination.stat(shard.name)
+        except FileNotFoundError:
+            return None
+        return manifest if manifest.output.get("identity") == output.identity else None
+
+    async def run_all(self, shards: Sequence[ObjectInfo]) -> list[Manifest]:
+        """Take shards through the step, each committed by itself, and return their manifests in order.
+
+        :raises EngineError: the engine is gone; shards that were committed before stay committed.
+        :raises ConfigError: key, model or a parameter is wrong.
+        :raises VLMError: a shard can't be read or written.
+        """
+        self.progress = Progress(shards=len(shards), total_bytes=sum(shard.size for shard in shards))
+        reading, opened = asyncio.Semaphore(1), asyncio.Semaphore(OPEN_SHARDS)
+        threads = ThreadPoolExecutor(self._thread_count(), thread_name_prefix="vlm-io")
+        tasks: list[asyncio.Task[Manifest]] = []
+
+        async def run_one(shard: ObjectInfo) -> Manifest:
+            try:
+                return await _ShardRun(self, shard, threads, active, loaded).run(when_read=reading.release)
+            finally:
+                opened.release()
+
+        active, loaded = asyncio.Semaphore(self._samples), asyncio.Semaphore(self._requests)
+        try:
+            for shard in shards:
+                await opened.acquire()
+                await reading.acquire()
+                if any(task.done() and task.exception() for task in tasks):
+                    break
+                tasks.append(asyncio.create_task(run_one(shard), name=shard.name))
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _thread_count(self) -> int:
+        # Local files cost processor time, remote ones waiting time.
+        if self.source.uri.startswith("file:"):
+            return min(8, (os.cpu_count() or 1) + 2)
+        return min(64, self._requests)
+
+    def cost(self, usage: Usage) -> float | None:
+        """US dollars for a usage, by the prices."""
+        if self.prices is None:
+            return None
+        dollars = usage.prompt_tokens * self.prices[0] + usage.completion_tokens * self.prices[1]
+        return round(dollars / 1_000_000, 9)
+
+
+class _ShardRun:
+    """One shard on its way. Made anew for every shard, because all of its state is that shard's."""
+
+    def __init__(
+        self,
+        runner: ShardRunner,
+        shard: ObjectInfo,
+        threads: Executor,
+        active: asyncio.Semaphore,
+        loaded: asyncio.Semaphore,
+    ) -> None:
+        self.runner = runner
+        self.shard = shard
+        self.threads = threads
+        self.active = active
+        self.loaded = loaded
+        self.counts = Counts()
+        self.dead = DeadLetters()
+        self.tasks: asyncio.Queue[asyncio.Task[Outcome] | None] = asyncio.Queue(maxsize=BACKLOG_ROWS)
+        self.backlog_bytes = 0
+        self.drained = asyncio.Event()
+        self.running: set[asyncio.Task[Outcome]] = set()
+        self.failure: BaseException | None = None
+        self.writing: asyncio.Task[None] | None = None
+
+    async def run(self, *, when_read: Callable[[], None]) -> Manifest:
+        """Take the shard through the step and commit it; ``when_read`` is called once no more rows are to come."""
+        started = datetime.now(timezone.utc)
+        form = shard_format(self.shard.name)
+        # An exit stack and not `with`, because leaving it is the commit: slow, and so done in a thread.
+        output = ExitStack()
+        reading: asyncio.Task[None] | None = None
+        try:
+            stream = await self._in_thread(
+                lambda: output.enter_context(self.runner.destination.create(self.shard.name))
+            )
+            rows = output.enter_context(form.writer(stream))
+            reading = asyncio.create_task(self._read())
+            reading.add_done_callback(lambda _: when_read())
+            self.writing = asyncio.create_task(self._write(rows))
+            try:
+                await self.writing
+            except asyncio.CancelledError:
+                if self.failure is not None:
+                    raise self.failure from None
+                raise
+            return await self._in_thread(lambda: self._commit(output, started))
+        except BaseException as error:
+            # The stores drop what was written when they see an exception, and that is quick.
+            with suppress(BaseException):
+                output.__exit__(type(error), error, error.__traceback__)
+            raise
+        finally:
+            await self._stop(reading, self.writing)
+            if reading is None:
+                when_read()
+            self.dead.close()
+
+    async def _read(self) -> None:
+        """Begin the rows one after another, as fast as the bounds allow."""
+        runner, loop = self.runner, asyncio.get_running_loop()
+        try:
+            # When cancelled, the thread that reads is not waited for: a store that hangs would hold up the end.
+            stream = await loop.run_in_executor(self.threads, lambda: runner.source.open(self.shard.name))
+            counted = CountingReader(stream, runner.progress.read)
+            samples = shard_format(self.shard.name).read(counted)  # type: ignore[arg-type]
+            while batch := await loop.run_in_executor(self.threads, lambda: list(_batch(samples))):
+                for sample in batch:
+                    await self._begin(sample)
+            await self.tasks.put(None)
+            stream.close()
+        except Exception as error:
+            self._fail(error)
+
+    async def _begin(self, sample: Sample) -> None:
+        self.counts.rows_in += 1
+        await self.active.acquire()
+        while self.backlog_bytes > BACKLOG_BYTES:
+            self.drained.clear()
+            await self.drained.wait()
+        self.backlog_bytes += len(sample.raw)
+        task = asyncio.create_task(self._one(sample))
+        self.running.add(task)
+        task.add_done_callback(self._ended)
+        await self.tasks.put(task)
+
+    def _ended(self, task: asyncio.Task[Outcome]) -> None:
+        self.running.discard(task)
+        self.active.release()
+
+    async def _one(self, sample: Sample) -> Outcome:
+        """Work on one sample; only what stops the whole shard is raised."""
+        try:
+            if sample.row is None:
+                raise SampleError("malformed_row", sample.error or "the row could not be read")
+            return await self._drive(sample)
+        except SampleError as error:
+            return Outcome(sample, "failed", error=error)
+        except (VLMError, MemoryError, OSError) as error:
+            self._fail(error)
+            raise
+        except Exception as error:
+            log.exception("Row %s of %s broke the step %s", sample.index, self.shard.name, self.runner.step.name)
+            message = f"{type(error).__name__} in the step itself; the task log has the traceback"
+            return Outcome(sample, "failed", error=SampleError("internal", message))
+
+    async def _drive(self, sample: Sample) -> Outcome:
+        """Run the step's generator, answering what it asks."""
+        usage = Usage()
+        run = self.runner.step.process(sample)
+        try:
+            requests = next(run)
+            while True:
+                settled = await self._settle_all(requests)
+                answers = [answer for answer in settled if isinstance(answer, Answer)]
+                errors = [error for error in settled if isinstance(error, SampleError)]
+                usage = sum((answer.usage for answer in answers), usage)
+                usage += Usage(requests=sum(error.attempts for error in errors))
+                requests = run.throw(errors[0]) if errors else run.send(answers)
+        except StopIteration as stop:
+            result: Result = stop.value
+        except SampleError as error:
+            return Outcome(sample, "failed", error=error, usage=usage)
+        finally:
+            run.close()
+        if result.skipped:
+            return Outcome(sample, "skipped")
+        return Outcome(sample, "ok", rows=result.rows, usage=usage)
+
+    async def _settle_all(self, requests: Sequence[Request]) -> list[Answer | SampleError]:
+        tasks = [asyncio.ensure_future(self._settle(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _settle(self, request: Request) -> Answer | SampleError:
+        """Ask, and hand a sample's own error back as a value: the answers beside it are paid for and counted."""
+        try:
+            return await self._ask(request)
+        except SampleError as error:
+            return error
+
+    async def _ask(self, request: Request) -> Answer:
+        async with self.loaded:
+            if any(isinstance(part, MediaRef) for part in request.parts):
+                load = self.runner.media.load
+                parts = await asyncio.get_running_loop().run_in_executor(
+                    self.threads,
+                    lambda: tuple(
+                        load(part, shard=self.shard.name) if isinstance(part, MediaRef) else part
+                        for part in request.parts
+                    ),
+                )
+                request = dataclasses.replace(request, parts=parts)
+            return await self.runner.engine.ask(request)
+
+    async def _write(self, rows: RowWriter) -> None:
+        """Write finished rows in the order in which they were read."""
+        ended = False
+        while not ended:
+            batch: list[Outcome] = []
+            while len(batch) < WRITE_BATCH_ROWS:
+                if batch and self.tasks.empty():
+                    break
+                task = await self.tasks.get()
+                if task is None:
+                    ended = True
+                    break
+                if batch and not task.done():
+                    # Nothing waits for this one in the thread; write what there is meanwhile.
+                    await self._write_batch(rows, batch)
+                    batch = []
+                batch.append(await task)
+            await self._write_batch(rows, batch)
+
+    async def _write_batch(self, rows: RowWriter, batch: list[Outcome]) -> None:
+        if not batch:
+            return
+        await self._in_thread(lambda: self._write_rows(rows, batch))
+        for outcome in batch:
+            self.runner.progress.wrote(outcome)
+            self.backlog_bytes -= len(outcome.sample.raw)
+        self.drained.set()
+
+    def _write_rows(self, rows: RowWriter, batch: Iterable[Outcome]) -> None:
+        for outcome in batch:
+            written = 0
+            if outcome.status in ("ok", "cached"):
+                for row in outcome.rows:
+                    rows.write(row)
+                written = len(outcome.rows)
+            else:
+                if outcome.status == "failed":
+                    self.dead.add(outcome)
+                if outcome.sample.row is not None:
+                    rows.write_raw(outcome.sample.raw)
+                    written = 1
+            self.counts.add(outcome, rows_out=written)
+
+    def _commit(self, output: ExitStack, started: datetime) -> Manifest:
+        """Make the output visible, then the dead letters, then the manifest. Runs in a thread."""
+        runner, shard, step = self.runner, self.shard.name, self.runner.step.name
+        self.counts.check()
+        self.counts.cost_usd = runner.cost(self.counts.usage)
+        now = runner.source.stat(shard)
+        if now.identity != self.shard.identity:
+            raise EngineError(
+                f"{runner.source.uri}{shard} was replaced while it was read. Nothing was committed for it; "
+                "the task's retry reads the new one."
+            )
+        before = load_manifest(runner.destination, shard, step)
+        output.close()
+        errors = None
+        if self.dead.count or (before is not None and before.errors is not None):
+            errors = runner.destination.uri + self.dead.save(runner.destination, shard, step)
+        manifest = Manifest(
+            counts=self.counts,
+            model=runner.engine.model,
+            fingerprint=runner.fingerprint,
+            input={"uri": runner.source.uri + shard, "identity": self.shard.identity},
+            output={
+                "uri": runner.destination.uri + shard,
+                "identity": runner.destination.stat(shard).identity,
+            },
+            errors=errors if self.dead.count else None,
+            started_at=started.isoformat(timespec="seconds"),
+            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            provider_version=airflow_vlm_provider.__version__,
+            written_by=runner.written_by,
+        )
+        save_manifest(runner.destination, shard, step, manifest)
+        runner.progress.shards_done += 1
+        return manifest
+
+    def _fail(self, error: BaseException) -> None:
+        """Stop the shard for an error that is not one sample's own."""
+        if self.failure is None:
+            self.failure = error
+            if self.writing is not None:
+                self.writing.cancel()
+
+    async def _stop(self, *tasks: asyncio.Task[None] | None) -> None:
+        """Cancel what still runs and wait until it has ended, so that nothing is sent after this."""
+        rest: list[asyncio.Task[Any]] = [*(task for task in tasks if task is not None), *self.running]
+        for each in rest:
+            each.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        """Run what blocks in a thread. When cancelled meanwhile, wait for it first: half a write helps nobody."""
+        future = asyncio.get_running_loop().run_in_executor(self.threads, function)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            raise
+
+
+def _batch(samples: Iterator[Sample]) -> Iterator[Sample]:
+    """The next few rows: enough for one trip to a thread to be worth it."""
+    size = 0
+    for sample in islice(samples, READ_BATCH_ROWS):
+        yield sample
+        size += len(sample.raw)
+        if size >= READ_BATCH_BYTES:
+            return
