@@ -21,7 +21,7 @@ class StoreError(VLMError):
 
 
 class InvalidNameError(StoreError, ValueError):
-    """The name cannot be an object's: an empty or ``.`` component, a backslash, NUL, not Unicode, too long."""
+    """The name cannot be an object's: an empty or ``.`` component, backslash, NUL, not Unicode, too long."""
 
 
 class OutsideRootError(InvalidNameError):
@@ -59,8 +59,9 @@ class Store(Protocol):
     """Objects below a root. Safe to use from several threads at once.
 
     Every method that takes a name raises :class:`InvalidNameError` (:class:`OutsideRootError` when the name
-    would leave the root), ``PermissionError`` when access is denied and, when it reads, ``FileNotFoundError``
-    when there is no such object.
+    would leave the root). Every method raises ``FileNotFoundError`` when what it reads is not there,
+    ``PermissionError`` when access is denied, ``ConnectionError`` when the storage cannot be reached even
+    after retries, and :class:`StoreError` for anything else that the storage answers.
     """
 
     @property
@@ -197,10 +198,10 @@ def check_name(name: str) -> None:
         )
     if "" in components or "." in components or "\\" in name or "\0" in name:
         raise InvalidNameError(
-            f"{name!r} cannot be an object's name; separate its parts by single '/', without '.', '\\' or NUL."
+            f"{name!r} cannot be an object's name; separate its parts by one '/', without '.', '\\' or NUL."
         )
     try:
-        name.encode("utf-8", "surrogateescape")
+        name.encode()
     except UnicodeEncodeError:
         raise InvalidNameError(f"{name!r} cannot be an object's name: it is not valid Unicode.") from None
 

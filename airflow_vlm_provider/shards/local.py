@@ -1,0 +1,160 @@
+"""A store in a directory of a local or mounted file system."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from airflow_vlm_provider.shards.stores import (
+    InvalidNameError,
+    NotARegularFileError,
+    ObjectInfo,
+    ObjectTooLargeError,
+    OutsideRootError,
+    check_name,
+    is_hidden,
+)
+
+
+class LocalStore:
+    """The files below a directory.
+
+    Symbolic links are followed as long as they stay below the root. Links to directories are not listed: what
+    is below the root is listed under its own name.
+
+    :param root: Absolute path; it need not exist yet.
+    """
+
+    def __init__(self, *, root: str) -> None:
+        self._root = Path(root)
+
+    @property
+    def uri(self) -> str:
+        return "file://" + str(self._root).rstrip("/") + "/"
+
+    def list(self) -> Iterator[ObjectInfo]:
+        return self._walk("")
+
+    def stat(self, name: str) -> ObjectInfo:
+        with _name_errors(self.uri + name):
+            return _object_info(name, _regular_file(self._resolve(name)))
+
+    def open(self, name: str) -> BinaryIO:
+        with _name_errors(self.uri + name):
+            path = self._resolve(name)
+            _regular_file(path)
+            # Should a FIFO have taken the file's place since, opening it must not wait for a writer.
+            return open(path, "rb", opener=_open_without_blocking)
+
+    def read(self, name: str, *, max_bytes: int) -> bytes:
+        with self.open(name) as stream:
+            data = stream.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise ObjectTooLargeError(f"{self.uri + name} is larger than {max_bytes} bytes.")
+        return data
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        check_name(name)
+        # Only the directory is resolved: a link in the object's own place is replaced, not followed.
+        directory_name, _, file_name = name.rpartition("/")
+        with _name_errors(self.uri + name):
+            directory = self._resolve(directory_name)
+            target = directory / file_name
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+            directory.mkdir(parents=True, exist_ok=True)
+        # Hidden, so that no listing takes it for data should the process be killed before it can remove it.
+        temporary = directory / f".{uuid.uuid4().hex}.tmp"
+        try:
+            with temporary.open("xb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            with _name_errors(self.uri + name):
+                temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(directory)
+
+    def _resolve(self, name: str) -> Path:
+        """Return the real path that a name ("": the root itself) stands for."""
+        if name:
+            check_name(name)
+        root = os.path.realpath(self._root)
+        path = os.path.realpath(os.path.join(root, name))  # noqa: PTH118  Path.resolve() raises on a loop of links
+        if os.path.commonpath((root, path)) != root:
+            raise OutsideRootError(
+                f"{self.uri + name} is a link that leads out of {self.uri}; "
+                "choose a root that holds the link's target too."
+            )
+        return Path(path)
+
+    def _walk(self, directory: str) -> Iterator[ObjectInfo]:
+        try:
+            with os.scandir(self._root / directory) as scan:
+                entries = [entry for entry in scan if not is_hidden(entry.name)]
+        except FileNotFoundError:
+            return
+        # Names sort as whole strings, so "a.txt" precedes "a/b": a directory counts with its slash.
+        for entry in sorted(entries, key=_sort_key):
+            name = directory + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(name + "/")
+                continue
+            if entry.is_symlink():
+                self._resolve(name)
+            # Gone since the directory was read, or a link to nothing: there is no object.
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat()
+                if stat.S_ISREG(status.st_mode):
+                    yield _object_info(name, status)
+
+
+def _sort_key(entry: os.DirEntry[str]) -> str:
+    return entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name
+
+
+def _object_info(name: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(name=name, size=status.st_size, identity=f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def _regular_file(path: Path) -> os.stat_result:
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise NotARegularFileError(f"{path} is a FIFO, a device or a socket; only regular files are read.")
+    return status
+
+
+def _open_without_blocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _name_errors(uri: str) -> Iterator[None]:
+    """Raise what the contract says where the file system has errors of its own for an impossible name."""
+    try:
+        yield
+    except NotADirectoryError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InvalidNameError(f"{uri} cannot be an object: {error.strerror}.") from error
+        raise
