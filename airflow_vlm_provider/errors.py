@@ -6,6 +6,7 @@ class                whose fault                              what happens
 :class:`SampleError`     the sample's own                         dead letter; the shard goes on
 :class:`TransientError`  nobody's: 429, 5xx, timeouts, resets     asked again with backoff, then dead letter
 :class:`EngineError`     the engine's: down, crashed, no memory   the task fails and Airflow retries it
+:class:`ShardError`      the shard's: truncated, corrupt           the task fails; no shorter shard is written
 :class:`ConfigError`     the author's: key, model, parameter      the task fails at once, without retries
 ===================  =======================================  ==========================================
 
@@ -51,6 +52,13 @@ class TransientError(SampleError):
 
 class EngineError(VLMError):
     """The engine is gone or out of memory: nothing more can be answered in this attempt."""
+
+
+class ShardError(VLMError):
+    """A shard cannot be read to its end: it is truncated or corrupt as a whole, not just in single rows.
+
+    Nothing is written for it. The message says what is wrong and what to do about the file.
+    """
 
 
 class ConfigError(VLMError, ValueError):
