@@ -18,19 +18,21 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import airflow_vlm_provider
-from airflow_vlm_provider.engines.base import Engine
 from airflow_vlm_provider.errors import EngineError, SampleError, VLMError
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters
 from airflow_vlm_provider.ledger.manifest import Counts, Manifest, fingerprint, load_manifest, save_manifest
 from airflow_vlm_provider.progress import CountingReader, Progress
 from airflow_vlm_provider.shards.formats import RowWriter, shard_format
-from airflow_vlm_provider.shards.media import MediaLoader
-from airflow_vlm_provider.shards.stores import ObjectInfo, Store
-from airflow_vlm_provider.steps.base import Step
 from airflow_vlm_provider.types import Answer, MediaRef, Outcome, Request, Result, Sample, Usage
+
+if TYPE_CHECKING:
+    from airflow_vlm_provider.engines.base import Engine
+    from airflow_vlm_provider.shards.media import MediaLoader
+    from airflow_vlm_provider.shards.stores import ObjectInfo, Store
+    from airflow_vlm_provider.steps.base import Step
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +256,9 @@ class _ShardRun:
             self._fail(error)
             raise
         except Exception as error:
-            log.exception("Row %s of %s broke the step %s", sample.index, self.shard.name, self.runner.step.name)
+            log.exception(
+                "Row %s of %s broke the step %s", sample.index, self.shard.name, self.runner.step.name
+            )
             message = f"{type(error).__name__} in the step itself; the task log has the traceback"
             return Outcome(sample, "failed", error=SampleError("internal", message))
 
@@ -326,7 +330,10 @@ class _ShardRun:
                     # Nothing waits for this one in the thread; write what there is meanwhile.
                     await self._write_batch(rows, batch)
                     batch = []
-                batch.append(await task)
+                # Not awaited itself: cancelled here, it would hand its place to a request that nobody wants any more.
+                if not task.done():
+                    await asyncio.wait((task,))
+                batch.append(task.result())
             await self._write_batch(rows, batch)
 
     async def _write_batch(self, rows: RowWriter, batch: list[Outcome]) -> None:

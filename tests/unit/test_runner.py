@@ -223,9 +223,7 @@ def test_cancelling_stops_sending_and_leaves_nothing_behind(place):
 
 
 def test_the_window_stays_full_across_small_shards(place):
-    shards = [
-        place.shard(f"{n:02}.jsonl", [{"text": f"{n}-{i}"} for i in range(6)]) for n in range(20)
-    ]
+    shards = [place.shard(f"{n:02}.jsonl", [{"text": f"{n}-{i}"} for i in range(6)]) for n in range(20)]
     engine = ScriptedEngine(delay=lambda about: 0.05, concurrency=12)
     manifests = place.run(engine, *shards)
     assert engine.most_in_flight == 12

@@ -1,0 +1,364 @@
+"""What all operators share that take shards through a step: parameters, checks, the run, the report."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import Asset, BaseOperator
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+from airflow_vlm_provider.errors import ConfigError
+from airflow_vlm_provider.operators.engines import make_engine
+from airflow_vlm_provider.operators.storage import find_shards, s3_client_factory
+
+if TYPE_CHECKING:
+    import jinja2
+    from airflow.sdk import Context
+
+    from airflow_vlm_provider.hooks.vlm import VLMHook
+    from airflow_vlm_provider.ledger.manifest import Counts, Manifest
+    from airflow_vlm_provider.runner import ShardRunner
+    from airflow_vlm_provider.shards.stores import ObjectInfo
+    from airflow_vlm_provider.steps.base import Step
+
+PROGRESS_SECONDS = 10.0
+
+
+class ShardOperator(BaseOperator):
+    """
+    Base of the operators that take shards through one step.
+
+    Every shard is committed by itself: ``<destination>/<shard>`` in the input's format, and its manifest and dead
+    letters under ``<destination>/_vlm/<shard>/<step>/``. A shard whose manifest says that nothing is left to do is
+    not read again, nor is the model asked. Returns the sum of the manifests as a small dict.
+
+    :param source: Where the shards are: a prefix or one shard (templated).
+    :param shards: Names under ``source``, one or a list: what gets mapped; None takes all (templated).
+    :param destination: Where outputs and the ledger go; neither the source nor inside it (templated).
+    :param vlm_conn_id: Connection of type ``vlm`` (templated).
+    :param aws_conn_id: Connection for S3; None uses boto3's own search for credentials (templated).
+    :param api_or_hf_model: Model to ask, by the endpoint's name for it or its Hugging Face one; None takes the
+        connection's, or else Qwen/Qwen2.5-VL-7B-Instruct (templated).
+    :param is_api_model: True asks the connection's endpoint whatever engine the connection names.
+    :param engine: ``openai``, ``vllm`` or ``transformers``; None takes the connection's, or else ``openai``.
+    :param api_endpoint: Path below the base URL that requests go to, or a full URL (``openai`` engine only).
+    :param response_path: Where the text stands in the endpoint's answer, as in ``choices.0.message.content``
+        (``openai`` engine only).
+    :param model_params: With ``transformers``: arguments for loading the model; with ``openai``: further fields
+        of each request's body.
+    :param text_key: Field of the text.
+    :param image_key: Field of the list of image references.
+    :param video_key: Field of the list of video references.
+    :param meta_key: Field of the dict that takes generated fields.
+    :param media_roots: Prefixes under which media references may resolve; None allows only what lies where the
+        shards are. A relative reference is looked for beside its shard, then below each root (templated).
+    :param max_pixels: Shrink larger images to so many pixels (width x height); None sends them as they are.
+    :param max_error_rate: Share of failed rows, from 0 to 1, above which the task fails (after committing).
+    :param concurrency: Requests in flight; None takes the connection's ``max_concurrency``.
+    :param overwrite: Do shards again that are done already.
+    """
+
+    template_fields: Sequence[str] = (
+        "source",
+        "shards",
+        "destination",
+        "vlm_conn_id",
+        "aws_conn_id",
+        "api_or_hf_model",
+        "media_roots",
+    )
+    ui_color = "#e3d7ff"
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        destination: str,
+        shards: str | Sequence[str] | None = None,
+        vlm_conn_id: str = "vlm_default",
+        aws_conn_id: str | None = "aws_default",
+        api_or_hf_model: str | None = None,
+        is_api_model: bool = False,
+        engine: str | None = None,
+        api_endpoint: str | None = None,
+        response_path: str | None = None,
+        model_params: Mapping[str, Any] | None = None,
+        text_key: str = "text",
+        image_key: str = "images",
+        video_key: str = "videos",
+        meta_key: str = "__dj__meta__",
+        media_roots: Sequence[str] | None = None,
+        max_pixels: int | None = None,
+        max_error_rate: float = 0.1,
+        concurrency: int | None = None,
+        overwrite: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("map_index_template", "{{ shard_name }}")
+        super().__init__(**kwargs)
+        self.source = source
+        self.shards = shards
+        self.destination = destination
+        self.vlm_conn_id = vlm_conn_id
+        self.aws_conn_id = aws_conn_id
+        self.api_or_hf_model = api_or_hf_model
+        self.is_api_model = is_api_model
+        self.engine = engine
+        self.api_endpoint = api_endpoint
+        self.response_path = response_path
+        self.model_params = model_params
+        self.text_key = text_key
+        self.image_key = image_key
+        self.video_key = video_key
+        self.meta_key = meta_key
+        self.media_roots = media_roots
+        self.max_pixels = max_pixels
+        self.max_error_rate = max_error_rate
+        self.concurrency = concurrency
+        self.overwrite = overwrite
+        self._cancel: Callable[[], None] | None = None
+        self._stopped = False
+
+    @abstractmethod
+    def make_step(self) -> Step:
+        """The step with this operator's parameters.
+
+        :raises ConfigError: one of them is wrong.
+        """
+
+    def check_parameters(self) -> None:
+        """Check whatever is known when the DAG is parsed; a subclass calls it at the end of its ``__init__``.
+
+        :raises ConfigError: the sentence names the parameter, its value and the remedy.
+        """
+        if self.engine not in (None, "openai", "vllm", "transformers"):
+            raise ConfigError(
+                f"engine={self.engine!r} is not known. Use 'openai' (any OpenAI-compatible endpoint), 'vllm' or "
+                "'transformers', or leave it out to take the connection's."
+            )
+        if self.is_api_model and self.engine not in (None, "openai"):
+            raise ConfigError(f"is_api_model=True contradicts engine={self.engine!r}. Leave one of them out.")
+        if not isinstance(self.max_error_rate, (int, float)) or not 0 <= self.max_error_rate <= 1:
+            raise ConfigError(
+                f"max_error_rate={self.max_error_rate!r} must be a share from 0 to 1, such as 0.1 for a tenth."
+            )
+        for name in ("max_pixels", "concurrency"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1, or None.")
+        if isinstance(self.media_roots, str) and "{{" not in self.media_roots:
+            raise ConfigError(f"media_roots={self.media_roots!r} must be a list: [{self.media_roots!r}].")
+        for name in ("text_key", "image_key", "video_key", "meta_key"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a field's name.")
+        self.make_step()
+        if all(isinstance(uri, str) and "{{" not in uri for uri in (self.source, self.destination)):
+            check_destination(self.source, self.destination)
+
+    def render_template_fields(self, context: Context, jinja_env: jinja2.Environment | None = None) -> None:
+        """Render, and name the shards for ``map_index_template`` so that the UI shows them while the task runs."""
+        super().render_template_fields(context, jinja_env)
+        context["shard_name"] = self._label()  # type: ignore[typeddict-unknown-key]
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Take the shards through the step.
+
+        :raises AirflowFailException: something only the author can mend; retries would not help.
+        :raises AirflowException: too many rows failed, or the engine or a store is gone; a retry may help.
+        """
+        try:
+            return asyncio.run(self._run(context))
+        except ConfigError as error:
+            raise AirflowFailException(str(error)) from error
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+            raise AirflowException(
+                "The task was told to stop. Nothing more was sent; shards that were committed stay committed, and "
+                "the next run does the rest."
+            ) from None
+
+    def on_kill(self) -> None:
+        """Stop sending at once. Airflow calls this from a signal handler and kills the process 5 seconds later."""
+        self._stopped = True
+        if self._cancel is not None:
+            self._cancel()
+
+    async def _run(self, context: Context) -> dict[str, Any]:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        try:
+            runner, hook, shards = await asyncio.to_thread(self._prepare, context)
+            done = await asyncio.to_thread(lambda: [runner.committed(shard) for shard in shards])
+            rest = [shard for shard, manifest in zip(shards, done, strict=True) if manifest is None]
+            if len(rest) < len(shards):
+                self.log.info("%d of %d shards are done already", len(shards) - len(rest), len(shards))
+            fresh: list[Manifest] = []
+            if rest:
+                self.log.info(
+                    "Asking %s (engine %s, connection %s) about %d shards, %d requests in flight",
+                    runner.engine.model,
+                    type(runner.engine).__name__,
+                    hook.vlm_conn_id,
+                    len(rest),
+                    runner.engine.concurrency,
+                )
+                async with runner.engine:
+                    reporter = asyncio.create_task(self._report(runner, context))
+                    try:
+                        fresh = await runner.run_all(rest)
+                    finally:
+                        reporter.cancel()
+                await self._show(runner, context)
+        finally:
+            self._cancel = None
+        return self._finish(context, runner, [m for m in done if m is not None], fresh)
+
+    def _prepare(self, context: Context) -> tuple[ShardRunner, VLMHook, list[ObjectInfo]]:
+        """Make everything that the run needs. Blocks: connections and listings are looked up."""
+        from airflow_vlm_provider.hooks.vlm import VLMHook
+        from airflow_vlm_provider.runner import ShardRunner
+        from airflow_vlm_provider.shards.media import MediaLoader
+        from airflow_vlm_provider.shards.stores import open_store
+
+        check_destination(self.source, self.destination)
+        s3_client = s3_client_factory(self.aws_conn_id)
+        names = [self.shards] if isinstance(self.shards, str) else self.shards
+        source, shards = find_shards(self.source, names, s3_client=s3_client)
+        destination = open_store(self.destination, s3_client=s3_client)
+        if destination.uri == source.uri:
+            raise ConfigError(same_destination(self.source, self.destination))
+        hook = VLMHook(self.vlm_conn_id)
+        engine = make_engine(
+            hook,
+            engine="openai" if self.is_api_model else self.engine,
+            model=self.api_or_hf_model,
+            concurrency=self.concurrency,
+            api_endpoint=self.api_endpoint,
+            response_path=self.response_path,
+            model_params=self.model_params,
+        )
+        media = MediaLoader(
+            source_uri=source.uri, roots=self.media_roots, max_pixels=self.max_pixels, s3_client=s3_client
+        )
+        ti = context["ti"]
+        runner = ShardRunner(
+            step=self.make_step(),
+            engine=engine,
+            source=source,
+            destination=destination,
+            media=media,
+            prices=hook.settings.prices,
+            written_by={
+                "dag_id": ti.dag_id,
+                "run_id": ti.run_id,
+                "task_id": ti.task_id,
+                "map_index": ti.map_index,
+                "try_number": ti.try_number,
+            },
+            overwrite=self.overwrite,
+        )
+        return runner, hook, shards
+
+    def _label(self) -> str:
+        """The shards in a few words."""
+        if self.shards is None:
+            return self.source.rstrip("/").rpartition("/")[2]
+        names = [self.shards] if isinstance(self.shards, str) else list(self.shards)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"{names[0]}{more}" if names else "nothing"
+
+    async def _report(self, runner: ShardRunner, context: Context) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            await self._show(runner, context)
+
+    async def _show(self, runner: ShardRunner, context: Context) -> None:
+        """Say how far the task is, in its log and in the task state store, which the UI shows."""
+        self.log.info(runner.progress.line())
+        store = context.get("task_state_store")
+        if store is not None:
+            # In a thread, not by `aset`: cancelled half-way, that would leave its answer for the next message.
+            await asyncio.to_thread(store.set, "progress", runner.progress.snapshot())
+
+    def _finish(
+        self, context: Context, runner: ShardRunner, before: list[Manifest], fresh: list[Manifest]
+    ) -> dict[str, Any]:
+        """Sum up, tell the outlets, and fail when too much failed."""
+        from airflow_vlm_provider.ledger.manifest import Counts
+
+        counts: Counts = reduce(
+            lambda total, each: total + each, [*map(_as_cached, before), *(m.counts for m in fresh)], Counts()
+        )
+        summary: dict[str, Any] = {
+            **asdict(counts),
+            "model": runner.engine.model,
+            "fingerprint": runner.fingerprint,
+            "shards": len(before) + len(fresh),
+            "shards_unchanged": len(before),
+            "source": runner.source.uri,
+            "destination": runner.destination.uri,
+        }
+        for outlet in self.outlets:
+            if isinstance(outlet, Asset):
+                context["outlet_events"][outlet].extra.update(summary)
+        self.log.info("Done: %s", ", ".join(f"{name} {value}" for name, value in summary.items()))
+        rate = counts.failed / counts.rows_in if counts.rows_in else 0.0
+        if rate > self.max_error_rate:
+            # A failed task returns nothing, but what it did still counts for whoever sums up.
+            context["ti"].xcom_push(key="return_value", value=summary)
+            errors = [manifest.errors for manifest in fresh if manifest.errors]
+            raise AirflowException(
+                f"{counts.failed} of {counts.rows_in} rows failed ({rate:.1%}), more than max_error_rate="
+                f"{self.max_error_rate:.1%} allows. The shards are committed all the same; the reasons are in "
+                f"{', '.join(errors[:3])}{' and more' if len(errors) > 3 else ''}."
+            )
+        return summary
+
+
+def _as_cached(manifest: Manifest) -> Counts:
+    """What an earlier run's shard counts for in this one: all there, nothing asked."""
+    from airflow_vlm_provider.ledger.manifest import Counts
+
+    was = manifest.counts
+    return Counts(rows_in=was.rows_in, rows_out=was.rows_out, cached=was.ok + was.cached, skipped=was.skipped)
+
+
+def check_destination(source: str, destination: str) -> None:
+    """Refuse a destination that the next run would take for its source.
+
+    :raises ConfigError: it is the source, or lies inside it.
+    """
+    from airflow_vlm_provider.shards.stores import split_uri
+
+    for name, uri in (("source", source), ("destination", destination)):
+        if not isinstance(uri, str) or not uri.strip():
+            raise ConfigError(
+                f"{name}={uri!r} must be a URI: s3://bucket/prefix/, file:///path or a local path."
+            )
+    scheme, bucket, path = split_uri(destination)
+    source_scheme, source_bucket, source_path = split_uri(source)
+    if (scheme, bucket) != (source_scheme, source_bucket):
+        return
+    inner, outer = f"{path.strip('/')}/".lstrip("/"), f"{source_path.strip('/')}/".lstrip("/")
+    if inner == outer:
+        raise ConfigError(same_destination(source, destination))
+    if inner.startswith(outer):
+        raise ConfigError(
+            f"destination={destination!r} lies inside source={source!r}, so the next run would take its output for "
+            "input. Choose a destination beside the source."
+        )
+
+
+def same_destination(source: str, destination: str) -> str:
+    """Say that an output would replace its input."""
+    return (
+        f"destination={destination!r} is where source={source!r} lies, so shards would be replaced by their own "
+        "output. Choose a destination of its own."
+    )

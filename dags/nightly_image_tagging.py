@@ -1,0 +1,89 @@
+"""Tag last night's images: plan -> tag (mapped over groups of shards) -> summary.
+
+Copy this file and change what stands at its top. It expects a connection ``vlm_default`` of type "Vision-language
+model" and, for S3, a connection ``aws_default``. The day's shards are read from ``<source>/<day>/`` and tagged
+copies written to ``<destination>/<day>/``, so that a backfill works on its own days.
+
+Where the tagging tasks run is configuration, not code: ``[vlm] gpu_queue`` and ``[vlm] gpu_pool``.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from airflow.sdk import DAG, Asset, Param, conf, task
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
+from airflow_vlm_provider.operators.shards import PlanShardsOperator
+
+SOURCE = "s3://datasets/images"
+DESTINATION = "s3://datasets/images-tagged"
+
+placement = {
+    name: value
+    for name, value in {
+        "queue": conf.get("vlm", "gpu_queue", fallback=None),
+        "pool": conf.get("vlm", "gpu_pool", fallback=None),
+    }.items()
+    if value
+}
+
+with DAG(
+    dag_id="nightly_image_tagging",
+    schedule="@daily",
+    start_date=datetime(2026, 1, 1),
+    catchup=False,
+    max_active_runs=2,
+    default_args={"retries": 2, "retry_delay": timedelta(minutes=5)},
+    params={
+        "source": Param(SOURCE, type="string", description="Prefix with one folder of shards a day"),
+        "destination": Param(DESTINATION, type="string", description="Where the tagged shards go"),
+        "day": Param(
+            None, type=["null", "string"], description="Folder to tag; empty takes the run's logical date"
+        ),
+        "max_error_rate": Param(
+            0.1, type="number", minimum=0, maximum=1, description="Share of rows that may fail"
+        ),
+    },
+    tags=["vlm"],
+    doc_md=__doc__,
+) as dag:
+    source = "{{ params.source }}/{{ params.day or ds }}/"
+    destination = "{{ params.destination }}/{{ params.day or ds }}/"
+
+    plan = PlanShardsOperator(task_id="plan", source=source, max_tasks=200)
+
+    tag = ImageTaggingVLMOperator.partial(
+        task_id="tag",
+        source=source,
+        destination=destination,
+        # One bad group must not hide what the others did: the summary judges the whole.
+        max_error_rate=1.0,
+        max_pixels=1024 * 1024,
+        outlets=[Asset(name="tagged_images", uri=DESTINATION)],
+        **placement,
+    ).expand(shards=plan.output)
+
+    @task(trigger_rule="all_done")
+    def summary(manifests: list[dict], params: dict | None = None, ti=None) -> dict:
+        """Add the groups up, and fail when too much failed."""
+        total: dict = {}
+        for manifest in manifests:
+            for name in ("shards", "shards_unchanged", "rows_in", "rows_out", "ok", "cached", "skipped", "failed",
+                         "requests", "prompt_tokens", "completion_tokens", "cost_usd"):  # fmt: skip
+                total[name] = total.get(name, 0) + (manifest.get(name) or 0)
+        planned = len(ti.xcom_pull(task_ids="plan") or [])
+        print(f"{len(manifests)} of {planned} groups: {total}")
+        if len(manifests) < planned:
+            raise AirflowFailException(
+                f"Only {len(manifests)} of {planned} groups finished; look at the failed 'tag' tasks and clear them."
+            )
+        if total.get("failed", 0) > params["max_error_rate"] * total.get("rows_in", 0):
+            raise AirflowFailException(
+                f"{total['failed']} of {total['rows_in']} rows failed, more than max_error_rate="
+                f"{params['max_error_rate']} allows; the reasons are in the errors.jsonl files below _vlm/."
+            )
+        return total
+
+    summary(tag.output)
