@@ -1,0 +1,55 @@
+"""Ours, through the operator's ``execute`` as a task would call it: shards in, shards and ledger out.
+
+There is no scheduler around it: what Airflow takes to start any task at all is not in the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from client import MODEL, arguments, measured
+
+CONNECTION = "vlm_bench"
+
+
+def connection(base_url: str, in_flight: int) -> str:
+    extra = {"engine": "openai", "model": MODEL, "max_concurrency": in_flight}
+    return json.dumps({"conn_type": "vlm", "host": base_url, "password": "benchmark-key", "extra": extra})
+
+
+def context() -> dict[str, Any]:
+    """As much of a task's context as names who wrote a manifest."""
+    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    ti = SimpleNamespace(
+        dag_id="benchmark", task_id="tag", run_id="benchmark", map_index=-1, try_number=1, xcom_push=print
+    )
+    return {"ti": ti, "task_instance": ti, "run_id": "benchmark", "logical_date": now, "ts": now.isoformat()}
+
+
+def tagged_rows(folder: Path) -> int:
+    rows = (
+        json.loads(line) for shard in folder.glob("part-*.jsonl") for line in shard.open(encoding="utf-8")
+    )
+    return sum(any(row["__dj__meta__"]["image_tags"]) for row in rows)
+
+
+def main() -> None:
+    options = arguments()
+    os.environ[f"AIRFLOW_CONN_{CONNECTION.upper()}"] = connection(options.base_url, options.in_flight)
+    from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
+
+    operator = ImageTaggingVLMOperator(
+        task_id="tag", source=str(options.data), destination=str(options.out), vlm_conn_id=CONNECTION
+    )
+    with measured() as figures:
+        operator.execute(context())
+    figures.write(options.result, tagged=tagged_rows(options.out))
+
+
+if __name__ == "__main__":
+    main()
