@@ -97,8 +97,8 @@ class VLMHook(BaseHook):
                 served = sorted(each.id for each in client.models.list())
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             return False, (
-                f"{prefix}: {url} refuses the API key (HTTP {error.status_code}). Check the password field, or "
-                "the extra field 'headers' if the key is sent in a header of its own."
+                f"{prefix}: {url} refuses the API key (HTTP {error.status_code}). Check the password field, "
+                "or the extra field 'headers' if the key is sent in a header of its own."
             )
         except openai.APITimeoutError:
             return False, (
@@ -107,8 +107,8 @@ class VLMHook(BaseHook):
             )
         except openai.APIConnectionError as error:
             return False, (
-                f"{prefix}: {url} cannot be reached ({error.__cause__ or error}). Check host, port and schema, "
-                "and that the server runs."
+                f"{prefix}: {url} cannot be reached ({error.__cause__ or error}). Check host, port and "
+                "schema, and that the server runs."
             )
         except openai.APIStatusError as error:
             return False, (
@@ -141,8 +141,8 @@ class VLMHook(BaseHook):
                 f"'airflow-provider-vlm[{engine}]'."
             )
         return True, (
-            f"Connection {self.vlm_conn_id!r}: its fields are valid. The engine {engine} runs on the worker, so "
-            f"there is no endpoint to ask. {will_load} there, where this test does not look. {package}"
+            f"Connection {self.vlm_conn_id!r}: its fields are valid. The engine {engine} runs on the worker, "
+            f"so there is no endpoint to ask. {will_load} there, where this test does not look. {package}"
         )
 
     def _client_options(self) -> dict[str, Any]:
