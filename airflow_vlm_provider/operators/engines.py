@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 DEFAULT_CONCURRENCY = 32
 
-# These belong to the connection: there a key is encrypted and masked, in a DAG file it is neither.
-_CLIENT_SETTINGS = ("api_key", "base_url", "organization", "default_headers", "timeout", "max_retries")
-
 
 def make_engine(
     hook: VLMHook,
@@ -35,16 +32,9 @@ def make_engine(
     settings = hook.settings
     kind = engine or settings.engine
     model = model or settings.model or DEFAULT_MODEL
-    params = dict(model_params or {})
     if kind == "openai":
         from airflow_vlm_provider.engines.openai import OpenAIEngine
 
-        misplaced = [name for name in _CLIENT_SETTINGS if name in params]
-        if misplaced:
-            raise ConfigError(
-                f"model_params holds {', '.join(misplaced)}, which belongs into the connection {hook.vlm_conn_id!r} "
-                "(API key: password; base URL: host; headers and timeout: their own fields)."
-            )
         return OpenAIEngine(
             client=hook.get_async_conn(),
             name=f"connection {hook.vlm_conn_id!r}",
@@ -55,7 +45,7 @@ def make_engine(
             timeout=settings.timeout,
             api_endpoint=api_endpoint,
             response_path=response_path,
-            model_params=params,
+            model_params=model_params,
         )
     for name, value in (("api_endpoint", api_endpoint), ("response_path", response_path)):
         if value is not None:
@@ -63,7 +53,7 @@ def make_engine(
     if kind == "transformers":
         from airflow_vlm_provider.engines.transformers import TransformersEngine
 
-        params = {**settings.engine_args, **params}
+        params = {**settings.engine_args, **(model_params or {})}
         own = {
             name: params.pop(name)
             for name in ("revision", "gpu_batch_size", "device", "dtype", "trust_remote_code")

@@ -1,0 +1,243 @@
+"""The promises, kept under a real scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from urllib.parse import quote
+
+import pytest
+
+from tests.support.stub_endpoint import tag_of
+from tests.system.conftest import API_KEY, Deployment
+
+pytestmark = pytest.mark.system
+
+
+def tags(row: dict) -> list[list[str]]:
+    return row["__dj__meta__"]["image_tags"]
+
+
+def run(deployment: Deployment, dag_id: str, prefix: str, *, wait: bool = True) -> str:
+    conf = {"source": f"s3://users/{prefix}", "destination": f"s3://users/out/{prefix}"}
+    run_id = deployment.airflow.trigger_dag(dag_id, conf)
+    if wait:
+        state = deployment.airflow.wait_for_run(dag_id, run_id)
+        assert state == "success", deployment.airflow.task_instances(dag_id, run_id)
+    return run_id
+
+
+def test_a_users_own_dag_tags_a_bucket_through_an_unreliable_endpoint(deployment):
+    prefix = "unreliable/"
+    deployment.stub.set(
+        faults={"rate_limit": 0.10, "server_error": 0.05, "reset": 0.02}, latency=0.02, jitter=0.05
+    )
+    shards = deployment.dataset("users", prefix, shards=5, rows=40, seed=1)
+    # Five bad pictures, each bad in its own way, in the second shard.
+    bad = {3: "images/absent.png", 7: "images/empty.png", 11: "images/cut.png", 20: "images/text.jpg"}
+    bad[33] = "../../etc/passwd"
+    good = deployment.pictures[f"users/{prefix}images/01-003.png"]
+    deployment.put("users", prefix + "images/empty.png", b"")
+    deployment.put("users", prefix + "images/cut.png", good[: len(good) // 2])
+    deployment.put("users", prefix + "images/text.jpg", b"this is no picture\n" * 20)
+    rows = deployment.rows("users", prefix + shards[1])
+    for number, name in bad.items():
+        rows[number]["images"] = [name]
+    deployment.put("users", prefix + shards[1], b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+
+    run_id = run(deployment, "users_own", prefix)
+
+    for number, shard in enumerate(shards):
+        before = deployment.rows("users", prefix + shard)
+        after = deployment.rows("users", f"out/{prefix}{shard}")
+        assert len(after) == len(before) == 40
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            if number == 1 and i in bad:
+                assert new == old
+                continue
+            assert {key: new[key] for key in old} == old
+            picture = deployment.pictures[f"users/{prefix}{old['images'][0]}"]
+            assert tags(new)[0][0] == tag_of(picture), (shard, i)
+        manifest = deployment.json("users", f"out/{prefix}_vlm/{shard}/image_tagging/manifest.json")
+        failed = len(bad) if number == 1 else 0
+        assert (manifest["rows_in"], manifest["rows_out"], manifest["failed"]) == (40, 40, failed)
+        assert manifest["ok"] + manifest["cached"] + manifest["skipped"] == 40 - failed
+        assert (manifest["dag_id"], manifest["run_id"], manifest["task_id"]) == ("users_own", run_id, "tag")
+    errors = deployment.rows("users", f"out/{prefix}_vlm/{shards[1]}/image_tagging/errors.jsonl")
+    assert {each["row"]: each["media"] for each in errors} == bad
+    assert [each["kind"] for each in sorted(errors, key=lambda each: each["row"])] == [
+        *("media_missing", "media_corrupt", "media_corrupt", "media_corrupt", "media_refused")
+    ]
+
+    statuses = deployment.stub.stats()["by_status"]
+    assert int(statuses["429"]) > 5
+    assert int(statuses["500"]) > 2
+    results = [
+        deployment.airflow.xcom("users_own", run_id, "tag", map_index=index)
+        for index in range(len(deployment.airflow.xcom("users_own", run_id, "plan")))
+    ]
+    assert Counter(shards=sum(each["shards"] for each in results))["shards"] == 5
+    assert sum(each["rows_in"] for each in results) == 200
+    assert sum(each["ok"] for each in results) == 195
+
+    tasks = [
+        each
+        for each in deployment.airflow.task_instances("users_own", run_id)
+        if each["task_id"] == "tag"
+    ]
+    assert len(tasks) == 3
+    assert all(each["rendered_map_index"].startswith("part-") for each in tasks)
+    events = deployment.airflow.api("GET", "assets/events", params={"source_dag_id": "users_own"})
+    extras = [each["extra"] for each in events["asset_events"] if each["source_run_id"] == run_id]
+    assert sorted(each["rows_in"] for each in extras) == sorted(each["rows_in"] for each in results)
+
+
+def test_the_progress_is_in_the_log_and_in_the_task_state_store(deployment):
+    prefix = "progress/"
+    deployment.dataset("users", prefix, shards=2, rows=30, seed=2)
+    run_id = run(deployment, "one_task", prefix)
+    log = deployment.airflow.task_log("one_task", run_id, "tag")
+    assert "2 of 2 shards committed, 60 rows done (0 failed, 0 skipped)" in log
+    (task,) = deployment.airflow.task_instances("one_task", run_id)
+    path = f"dags/one_task/dagRuns/{quote(run_id)}/taskInstances/tag/state-store"
+    stored = deployment.airflow.api("GET", path, params={"map_index": task["map_index"]})
+    (progress,) = [each["value"] for each in stored["task_state_store"] if each["key"] == "progress"]
+    assert (progress["rows"], progress["failed"], progress["percent_read"]) == (60, 0, 100.0)
+
+
+def test_clearing_a_finished_task_asks_nothing_again(deployment):
+    prefix = "cleared/"
+    deployment.dataset("users", prefix, shards=3, rows=10, seed=3)
+    run_id = run(deployment, "one_task", prefix)
+    before = deployment.stub.stats()["requests"]
+    clear(deployment, "one_task", run_id)
+    deployment.wait_for(
+        lambda: deployment.airflow.task_instances("one_task", run_id)[0]["try_number"] == 2, "a second try"
+    )
+    assert deployment.airflow.wait_for_run("one_task", run_id) == "success"
+    assert deployment.stub.stats()["requests"] == before
+    result = deployment.airflow.xcom("one_task", run_id, "tag")
+    assert (result["rows_in"], result["cached"], result["ok"], result["requests"]) == (30, 30, 0, 0)
+    assert result["shards_unchanged"] == 3
+
+
+def test_a_killed_task_is_retried_and_committed_shards_are_not_asked_again(deployment):
+    prefix = "killed/"
+    shards = deployment.dataset("users", prefix, shards=6, rows=20, seed=4)
+    deployment.stub.set(latency=0.25)
+    run_id = run(deployment, "one_task", prefix, wait=False)
+
+    def manifests() -> list[str]:
+        return [key for key in deployment.keys("users", f"out/{prefix}_vlm/") if key.endswith("manifest.json")]
+
+    deployment.wait_for(lambda: len(manifests()) >= 2, "two committed shards")
+    (task,) = deployment.airflow.task_instances("one_task", run_id)
+    os.kill(task["pid"], signal.SIGKILL)
+    committed = manifests()
+    visible = {key for key in deployment.keys("users", f"out/{prefix}") if "/_vlm/" not in key}
+    # Never a torn object: what is visible is whole.
+    for key in visible:
+        assert len(deployment.rows("users", key)) == 20
+    assert len(committed) < 6, "the task was killed too late for this test to show anything"
+    deployment.stub.set(latency=0.0)
+    assert deployment.airflow.wait_for_run("one_task", run_id) == "success"
+    (task,) = deployment.airflow.task_instances("one_task", run_id)
+    assert task["try_number"] == 2
+    asked = deployment.stub.stats()["by_image"]
+    for number, shard in enumerate(shards):
+        rows = deployment.rows("users", f"out/{prefix}{shard}")
+        assert [row["id"] for row in rows] == list(range(20))
+        for i, row in enumerate(rows):
+            picture = deployment.pictures[f"users/{prefix}images/{number:02}-{i:03}.png"]
+            assert tags(row)[0][0] == tag_of(picture)
+            if any(f"/{shard}/" in key for key in committed):
+                assert asked[tag_of(picture).removeprefix("img-")] == 1
+
+
+def test_clearing_a_running_task_stops_it_within_five_seconds_and_the_next_try_finishes(deployment):
+    prefix = "stopped/"
+    shards = deployment.dataset("users", prefix, shards=3, rows=40, seed=5)
+    # Each request takes long: whoever waits for the ones in flight is killed instead of ending by itself.
+    deployment.stub.set(latency=8.0)
+    before = deployment.stub.stats()["requests"]
+    run_id = run(deployment, "one_task", prefix, wait=False)
+    deployment.wait_for(lambda: deployment.stub.stats()["requests"] > before, "the first requests")
+    clear(deployment, "one_task", run_id)
+    deployment.wait_for(lambda: deployment.stub.stats()["in_flight"] == 0, "the requests to be dropped", 60)
+    assert not [key for key in deployment.keys("users", f"out/{prefix}") if "/_vlm/" not in key]
+    deployment.stub.set(latency=0.0)
+    assert deployment.airflow.wait_for_run("one_task", run_id) == "success"
+    log = deployment.airflow.task_log("one_task", run_id, "tag", try_number=1)
+    assert "The task was told to stop" in log
+    for shard in shards:
+        assert len(deployment.rows("users", f"out/{prefix}{shard}")) == 40
+
+
+def test_a_wrong_key_fails_at_once_without_retries_and_stays_secret(deployment):
+    prefix = "secret/"
+    deployment.dataset("users", prefix, shards=1, rows=5, seed=6)
+    run_id = deployment.airflow.trigger_dag("wrong_key", {"source": f"s3://users/{prefix}"})
+    assert deployment.airflow.wait_for_run("wrong_key", run_id) == "failed"
+    (task,) = deployment.airflow.task_instances("wrong_key", run_id)
+    assert task["try_number"] == 1
+    log = deployment.airflow.task_log("wrong_key", run_id, "tag")
+    assert "vlm_wrong_key" in log
+    everything = log + json.dumps(task) + deployment.airflow.tail()
+    everything += "".join(path.read_text(errors="replace") for path in deployment.airflow.log_dir.rglob("*.log"))
+    assert "sk-wrong-key-90125" not in everything
+    assert API_KEY not in everything
+
+
+def test_a_backfill_over_three_days_tags_each_days_own_images(deployment):
+    days = ["2026-03-01", "2026-03-02", "2026-03-03"]
+    for number, day in enumerate(days):
+        deployment.dataset("datasets", f"images/{day}/", shards=2, rows=8, seed=100 + number)
+    airflow = deployment.airflow
+    deployment.wait_for(
+        lambda: any(dag["dag_id"] == "nightly_image_tagging" for dag in airflow.api("GET", "dags")["dags"]),
+        "the nightly DAG to be parsed",
+    )
+    airflow.api("PATCH", "dags/nightly_image_tagging", {"is_paused": False})
+    create = ("backfill", "create", "--dag-id", "nightly_image_tagging", "--from-date", days[0])
+    airflow.cli(*create, "--to-date", days[-1])
+
+    def runs() -> list[dict]:
+        return airflow.api("GET", "dags/nightly_image_tagging/dagRuns", params={"limit": 50})["dag_runs"]
+
+    def ended() -> list[dict] | None:
+        found = [each for each in runs() if each["run_type"] == "backfill"]
+        return found if len(found) == 3 and all(r["state"] in ("success", "failed") for r in found) else None
+
+    found = deployment.wait_for(ended, "three backfill runs", 300)
+    assert [each["state"] for each in found] == ["success"] * 3
+    for day in days:
+        for shard in ("part-00.jsonl", "part-01.jsonl"):
+            for row in deployment.rows("datasets", f"images-tagged/{day}/{shard}"):
+                picture = deployment.pictures[f"datasets/images/{day}/{row['images'][0]}"]
+                assert tags(row)[0][0] == tag_of(picture)
+    # Once more over the same days: every shard is done, so nothing is asked.
+    requests = deployment.stub.stats()["requests"]
+    airflow.cli(*create, "--to-date", days[-1], "--reprocess-behavior", "completed")
+    time.sleep(3)
+    found = deployment.wait_for(ended, "the same three runs again", 300)
+    assert [each["state"] for each in found] == ["success"] * 3
+    assert deployment.stub.stats()["requests"] == requests
+    summary = airflow.xcom("nightly_image_tagging", found[0]["dag_run_id"], "summary")
+    assert (summary["rows_in"], summary["cached"], summary["requests"]) == (16, 16, 0)
+
+
+def clear(deployment: Deployment, dag_id: str, run_id: str) -> None:
+    deployment.airflow.api(
+        "POST",
+        f"dags/{dag_id}/clearTaskInstances",
+        {
+            "dry_run": False,
+            "dag_run_id": run_id,
+            "task_ids": ["tag"],
+            "only_failed": False,
+            "reset_dag_runs": True,
+        },
+    )

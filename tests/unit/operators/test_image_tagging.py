@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from airflow.sdk.exceptions import AirflowFailException
+
+from airflow_vlm_provider.errors import ConfigError
+from airflow_vlm_provider.hooks.vlm import VLMHook
+from airflow_vlm_provider.operators.base import check_destination
+from airflow_vlm_provider.operators.engines import make_engine
+from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
+
+
+def operator(**given) -> ImageTaggingVLMOperator:
+    return ImageTaggingVLMOperator(
+        **{"task_id": "tag", "source": "s3://b/in/", "destination": "s3://b/out/", **given}
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"engine": "ollama"}, ["engine='ollama'", "'openai'"]),
+        ({"engine": "transformers", "is_api_model": True}, ["is_api_model=True", "engine='transformers'"]),
+        ({"max_error_rate": 5}, ["max_error_rate=5", "0 to 1"]),
+        ({"max_error_rate": "0.1"}, ["max_error_rate='0.1'"]),
+        ({"max_pixels": 0}, ["max_pixels=0"]),
+        ({"concurrency": 1.5}, ["concurrency=1.5"]),
+        ({"concurrency": True}, ["concurrency=True"]),
+        ({"media_roots": "s3://b/"}, ["media_roots='s3://b/'", "list"]),
+        ({"image_key": ""}, ["image_key=''"]),
+        ({"try_num": 0}, ["try_num", "0"]),
+        ({"tag_field_name": ""}, ["tag_field_name"]),
+        ({"sampling_params": "hot"}, ["sampling_params", "hot"]),
+        ({"destination": "s3://b/in"}, ["destination='s3://b/in'", "replaced by their own output"]),
+        ({"destination": "s3://b/in/tagged/"}, ["lies inside source", "beside the source"]),
+        ({"source": ""}, ["source=''"]),
+    ],
+)
+def test_wrong_parameters_fail_when_the_dag_is_parsed(given, words):
+    with pytest.raises(ConfigError) as caught:
+        operator(**given)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_is_templated_is_not_judged_before_it_is_rendered():
+    operator(source="{{ params.here }}", destination="{{ params.here }}")
+
+
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [
+        ("s3://b/in/", "s3://b/in"),
+        ("s3://b/in", "s3://b/in/deeper"),
+        ("s3://b", "s3://b/out/"),
+        ("file:///data/in", "/data/in/"),
+        ("/data/in", "file:///data/in/out"),
+        ("/data/x/../in", "/data/in"),
+    ],
+)
+def test_a_destination_at_or_inside_the_source_is_refused(source, destination):
+    with pytest.raises(ConfigError):
+        check_destination(source, destination)
+
+
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [
+        ("s3://b/in/", "s3://b/input/"),
+        ("s3://b/in/", "s3://c/in/"),
+        ("s3://b/in/part.jsonl", "s3://b/in/tagged/"),
+        ("/data/in", "s3://data/in"),
+        ("s3://b/in/", "s3://b/"),
+    ],
+)
+def test_a_destination_beside_the_source_is_fine(source, destination):
+    check_destination(source, destination)
+
+
+def test_a_single_shard_is_not_replaced_by_its_own_output(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    monkeypatch.setenv("AIRFLOW_CONN_VLM_DEFAULT", json.dumps({"conn_type": "vlm", "host": "h"}))
+    task = operator(source=str(tmp_path / "a.jsonl"), destination=str(tmp_path))
+    with pytest.raises(AirflowFailException, match="replaced by their own output"):
+        task.execute({})
+    assert (tmp_path / "a.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "words"),
+    [
+        ("", {}, "holds no shards"),
+        ("", {"shards": ["absent.jsonl"]}, "'absent.jsonl', which is not to be found"),
+        ("", {"shards": "picture.png"}, "not a shard of a supported format"),
+    ],
+)
+def test_a_source_without_the_shards_fails_without_retries(tmp_path, source, given, words):
+    task = operator(source=str(tmp_path / source), destination=str(tmp_path.parent / "out"), **given)
+    with pytest.raises(AirflowFailException, match=words):
+        task.execute({})
+
+
+def connect(monkeypatch, **fields) -> VLMHook:
+    monkeypatch.setenv("AIRFLOW_CONN_VLM_X", json.dumps({"conn_type": "vlm", **fields}))
+    return VLMHook("vlm_x")
+
+
+def choose(hook: VLMHook, **given):
+    nothing = dict.fromkeys(
+        ("engine", "model", "concurrency", "api_endpoint", "response_path", "model_params")
+    )
+    return make_engine(hook, **{**nothing, **given})
+
+
+def test_the_connection_supplies_what_the_operator_leaves_open(monkeypatch):
+    hook = connect(monkeypatch, host="gpu:8000", extra={"model": "theirs", "max_concurrency": 7})
+    engine = choose(hook)
+    assert (type(engine).__name__, engine.model, engine.concurrency) == ("OpenAIEngine", "theirs", 7)
+    engine = choose(hook, model="mine", concurrency=3)
+    assert (engine.model, engine.concurrency) == ("mine", 3)
+    engine = choose(connect(monkeypatch, host="gpu:8000"))
+    assert (engine.model, engine.concurrency) == ("Qwen/Qwen2.5-VL-7B-Instruct", 32)
+    engine = choose(
+        connect(monkeypatch, extra={"engine": "transformers", "engine_args": {"gpu_batch_size": 3}})
+    )
+    assert (type(engine).__name__, engine.gpu_batch_size) == ("TransformersEngine", 3)
+
+
+def test_an_engine_that_cannot_be_had_is_refused_with_its_remedy(monkeypatch):
+    with pytest.raises(ConfigError, match="has no host"):
+        choose(connect(monkeypatch))
+    with pytest.raises(ConfigError, match="vllm serve"):
+        choose(connect(monkeypatch), engine="vllm")
+    with pytest.raises(ConfigError, match="api_endpoint='/x' is for the engine openai"):
+        choose(connect(monkeypatch), engine="transformers", api_endpoint="/x")
+    hook = connect(monkeypatch, host="gpu:8000")
+    with pytest.raises(ConfigError, match="api_key") as caught:
+        choose(hook, model_params={"api_key": "sk-leaked-in-a-dag"})
+    assert "sk-leaked" not in str(caught.value)
+
+
+def test_the_label_of_a_mapped_task_names_its_shards():
+    context: dict = {"params": {}}
+    task = operator(shards=["a.jsonl", "b.jsonl", "c.jsonl"])
+    assert task.map_index_template == "{{ shard_name }}"
+    task.render_template_fields(context)
+    assert context["shard_name"] == "a.jsonl and 2 more"
+    for shards, label in (("a.jsonl", "a.jsonl"), (["a.jsonl"], "a.jsonl"), (None, "in")):
+        operator(shards=shards).render_template_fields(context)
+        assert context["shard_name"] == label
