@@ -1,0 +1,117 @@
+"""How much an engine may send: a window of requests in flight, rates per minute, and pauses that are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiolimiter import AsyncLimiter
+
+from airflow_vlm_provider.types import Request
+
+_TOKENS_PER_MEDIUM = 1000
+_TOKENS_PER_ANSWER = 256
+_CHARACTERS_PER_TOKEN = 4
+
+
+class Limits:
+    """Lets requests through, first come first served.
+
+    :param concurrency: Requests in flight at most: the size of :attr:`window`.
+    :param requests_per_minute: None is no limit.
+    :param tokens_per_minute: Prompt and completion tokens together; None is no limit.
+    """
+
+    def __init__(
+        self,
+        *,
+        concurrency: int,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+    ) -> None:
+        self.window = asyncio.Semaphore(concurrency)
+        # The buckets are small, so that no minute sees much more than its due: a bucket of a whole minute would
+        # let through twice the rate in the first one.
+        self._requests = _bucket(requests_per_minute, seconds=1)
+        self._tokens = _bucket(tokens_per_minute, seconds=10)
+        self._order = asyncio.Lock()
+        self._paused_until = 0.0
+        self._closed = asyncio.Event()
+
+    async def permit(self, tokens: float) -> None:
+        """Wait until one more request of so many tokens may be sent, or until :meth:`close`."""
+        if self._requests or self._tokens or self._left_of_pause() > 0:
+            # AsyncLimiter serves small amounts before large ones; the lock keeps the order.
+            async with self._order:
+                if self._requests and not self._closed.is_set():
+                    await self._requests.acquire()
+                while self._tokens and tokens > 0 and not self._closed.is_set():
+                    part = min(tokens, self._tokens.max_rate)
+                    await self._tokens.acquire(part)
+                    tokens -= part
+                while (left := self._left_of_pause()) > 0 and not self._closed.is_set():
+                    await self.sleep(left)
+
+    def pause(self, seconds: float) -> None:
+        """Send nothing for so long; a longer pause in force stays."""
+        self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + seconds)
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep, but not beyond :meth:`close`."""
+        if not self._closed.is_set():
+            waiter = asyncio.ensure_future(self._closed.wait())
+            try:
+                await asyncio.wait([waiter], timeout=seconds)
+            finally:
+                waiter.cancel()
+
+    def close(self) -> None:
+        """End every wait at once: there is nothing more to wait for."""
+        self._closed.set()
+
+    def _left_of_pause(self) -> float:
+        return self._paused_until - asyncio.get_running_loop().time()
+
+
+def _bucket(per_minute: float | None, *, seconds: float) -> AsyncLimiter | None:
+    if per_minute is None:
+        return None
+    size = max(1.0, per_minute * seconds / 60)
+    return AsyncLimiter(size, size * 60 / per_minute)
+
+
+class TokenEstimate:
+    """Guesses what a request will be billed, and learns from what earlier ones were.
+
+    Endpoints that limit tokens per minute reserve ``max_tokens`` when a request arrives, however short the answer
+    turns out: so only the prompt's share is learnt, and the answer's where there is no ``max_tokens``.
+    """
+
+    def __init__(self) -> None:
+        self._guessed = 0.0
+        self._billed = 0.0
+        self._answers = 1
+        self._answer_tokens = float(_TOKENS_PER_ANSWER)
+
+    def of(self, request: Request, max_tokens: int | None) -> float:
+        """Tokens that this request is likely to take."""
+        correction = self._billed / self._guessed if self._guessed and self._billed else 1.0
+        answer = max_tokens if max_tokens is not None else self._answer_tokens / self._answers
+        return _prompt_guess(request) * correction + answer * request.n
+
+    def learn(self, request: Request, *, prompt_tokens: int, completion_tokens: int) -> None:
+        """Take note of what a request was billed."""
+        if prompt_tokens:
+            self._guessed += _prompt_guess(request)
+            self._billed += prompt_tokens
+        self._answers += request.n
+        self._answer_tokens += completion_tokens
+
+
+def _prompt_guess(request: Request) -> float:
+    characters, media = len(request.system or ""), 0
+    for part in request.parts:
+        if isinstance(part, str):
+            characters += len(part)
+        else:
+            media += 1
+    return characters / _CHARACTERS_PER_TOKEN + media * _TOKENS_PER_MEDIUM
