@@ -109,6 +109,8 @@ class DecompressingReader(io.RawIOBase):
         if self._member is None:
             self._member = self._codec.decompressor()
         step = self._input[:STEP_BYTES]
+        # Even an empty view keeps alive what it is a view of.
+        self._output = memoryview(b"")
         try:
             self._output = memoryview(self._member.decompress(step))
         except self._damage as error:

@@ -43,11 +43,11 @@ class LocalStore:
 
     def stat(self, name: str) -> ObjectInfo:
         with _name_errors(self.uri + name):
-            return _object_info(name, _regular_file(self._resolve(name)))
+            return _object_info(name, _regular_file(self._path(name)))
 
     def open(self, name: str) -> BinaryIO:
         with _name_errors(self.uri + name):
-            path = self._resolve(name)
+            path = self._path(name)
             _regular_file(path)
             # Should a FIFO have taken the file's place since, opening it must not wait for a writer.
             return open(path, "rb", opener=_open_without_blocking)
@@ -65,7 +65,7 @@ class LocalStore:
         # Only the directory is resolved: a link in the object's own place is replaced, not followed.
         directory_name, _, file_name = name.rpartition("/")
         with _name_errors(self.uri + name):
-            directory = self._resolve(directory_name)
+            directory = self._inside(directory_name)
             target = directory / file_name
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
@@ -84,15 +84,18 @@ class LocalStore:
             raise
         _sync_directory(directory)
 
-    def _resolve(self, name: str) -> Path:
-        """Return the real path that a name ("": the root itself) stands for."""
-        if name:
-            check_name(name)
+    def _path(self, name: str) -> Path:
+        """Return the real path of the object that a name stands for."""
+        check_name(name)
+        return self._inside(name)
+
+    def _inside(self, relative: str) -> Path:
+        """Return the real path of what is below the root, or of the root itself for an empty one."""
         root = os.path.realpath(self._root)
-        path = os.path.realpath(os.path.join(root, name))  # noqa: PTH118  Path.resolve() raises on a loop of links
+        path = os.path.realpath(os.path.join(root, relative))  # noqa: PTH118  Path.resolve() raises on a loop of links
         if os.path.commonpath((root, path)) != root:
             raise OutsideRootError(
-                f"{self.uri + name} is a link that leads out of {self.uri}; "
+                f"{self.uri + relative} is a link that leads out of {self.uri}; "
                 "choose a root that holds the link's target too."
             )
         return Path(path)
@@ -110,9 +113,9 @@ class LocalStore:
                 yield from self._walk(name + "/")
                 continue
             if entry.is_symlink():
-                self._resolve(name)
-            # Gone since the directory was read, or a link to nothing: there is no object.
-            with contextlib.suppress(FileNotFoundError):
+                self._inside(name)
+            # Gone since the directory was read, or a link to nothing or to itself: there is no object.
+            with contextlib.suppress(FileNotFoundError, InvalidNameError), _name_errors(self.uri + name):
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
                     yield _object_info(name, status)

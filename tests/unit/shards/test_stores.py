@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from airflow_vlm_provider.errors import ConfigError
+from airflow_vlm_provider.shards.local import LocalStore
+from airflow_vlm_provider.shards.s3 import MAX_KEY_BYTES, S3Store
+from airflow_vlm_provider.shards.stores import (
+    InvalidNameError,
+    OutsideRootError,
+    Store,
+    check_name,
+    is_hidden,
+    locate,
+    open_store,
+    split_uri,
+)
+
+OUTSIDE = ["/etc/passwd", "..", "../x", "a/../b", "a/..", "//x"]
+INVALID = ["", ".", "a/", "a//b", "./a", "a/./b", "a\\b", "..\\x", "a\0b", "a\ud800", "a\udc80"]
+
+
+def no_client() -> None:
+    raise AssertionError("a bad name reached S3")
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return LocalStore(root=str(tmp_path))
+    return S3Store(bucket="bucket", prefix="root", client_factory=no_client)
+
+
+@pytest.mark.parametrize("name", OUTSIDE + INVALID)
+def test_every_method_refuses_bad_names(store: Store, name: str) -> None:
+    error = OutsideRootError if name in OUTSIDE else InvalidNameError
+    with pytest.raises(error):
+        store.stat(name)
+    with pytest.raises(error):
+        store.open(name)
+    with pytest.raises(error):
+        store.read(name, max_bytes=10)
+    with pytest.raises(error), store.create(name):
+        pass
+
+
+@given(st.text(st.sampled_from("./\\ab\0_")))
+def test_a_name_that_passes_stays_below_the_root(name: str) -> None:
+    try:
+        check_name(name)
+    except InvalidNameError:
+        return
+    path = Path("/root/data") / name
+    assert Path("/root/data") in Path(*path.parts).parents
+    assert ".." not in path.parts
+    assert str(path) == "/root/data/" + name
+
+
+def test_odd_names_that_are_harmless_pass() -> None:
+    for name in ["...", "a..b", "..a", "~", "a b", "é/ü", "C:", "%2e%2e", "a?b#c", "-rf"]:
+        check_name(name)
+
+
+def test_a_name_too_long_is_invalid(store: Store) -> None:
+    with pytest.raises(InvalidNameError):
+        store.stat("x" * MAX_KEY_BYTES)
+
+
+def test_hidden_names() -> None:
+    assert [is_hidden(name) for name in ["_vlm/a", "a/_b", ".git/a", "a/.b/c"]] == [True] * 4
+    assert [is_hidden(name) for name in ["a", "a_b/c.d", "a/b_"]] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("uri", "normal"),
+    [
+        ("s3://bucket", "s3://bucket/"),
+        ("s3://bucket/", "s3://bucket/"),
+        ("s3://bucket/a/b", "s3://bucket/a/b/"),
+        ("s3://bucket/a/b//", "s3://bucket/a/b/"),
+        ("s3://bucket/a b%20?#", "s3://bucket/a b%20?#/"),
+        ("file:///data/images", "file:///data/images/"),
+        ("file://localhost/data/images/", "file:///data/images/"),
+        ("file:///", "file:///"),
+        ("/data/x/../images/", "file:///data/images/"),
+        ("/data/a b%20?#", "file:///data/a b%20?#/"),
+    ],
+)
+def test_a_stores_uri_is_normalised_and_opens_the_same_store(uri: str, normal: str) -> None:
+    assert open_store(uri).uri == normal
+    assert open_store(normal).uri == normal
+
+
+def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store("data").uri == f"file://{tmp_path}/data/"
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("gs://bucket/a", r"scheme 'gs'; only s3://, file:// and local paths"),
+        ("s3a://bucket/a", "scheme 's3a'"),
+        ("s3:///a", "no bucket"),
+        ("s3://", "no bucket"),
+        ("file://host/a", "three slashes"),
+        ("file://", "three slashes"),
+        ("", "empty URI"),
+    ],
+)
+def test_what_is_no_store_is_refused_with_a_remedy(uri: str, message: str) -> None:
+    for function in (open_store, locate, split_uri):
+        with pytest.raises(ConfigError, match=message):
+            function(uri)
+
+
+def test_locate_tells_one_shard_from_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.jsonl").write_bytes(b"{}")
+
+    def located(uri: str) -> tuple[str, str | None]:
+        store, name = locate(uri)
+        return store.uri, name
+
+    directory = f"file://{tmp_path}/sub/"
+    assert located(f"{tmp_path}/sub/a.jsonl") == (directory, "a.jsonl")
+    assert located(f"{directory}a.jsonl") == (directory, "a.jsonl")
+    assert located("sub/a.jsonl") == (directory, "a.jsonl")
+    assert located("sub") == (directory, None)
+    assert located("sub/") == (directory, None)
+    assert located("sub/.") == (directory, None)
+    assert located("sub/a.jsonl/") == (f"{directory}a.jsonl/", None)
+    assert located("sub/none.jsonl") == (f"{directory}none.jsonl/", None)
+    monkeypatch.chdir(tmp_path / "sub")
+    assert located("a.jsonl") == (directory, "a.jsonl")
+
+
+def test_neither_boto3_nor_botocore_is_imported_for_a_dag_file() -> None:
+    script = (
+        "import sys; from airflow_vlm_provider.shards import stores, local, s3;"
+        "stores.open_store('s3://bucket/a'); sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
