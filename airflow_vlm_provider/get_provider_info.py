@@ -6,17 +6,21 @@ from typing import Any
 
 _INTEGRATION = "Vision-language models"
 
-# Types are lists with "null" because an empty form field is sent as null, and the form refuses to save a
-# connection whose value does not match. No field has a default: one would be stored with every connection
-# that is made in the form, and could then never be improved by a newer version of this package.
+# Types are lists with "null" because the form sends null for a field that is left empty, and refuses to save a
+# value that does not match. Only the engine has a default: a default is stored with every connection that is
+# made in the form, and no newer version of this package could improve on it.
 _CONN_FIELDS: dict[str, dict[str, Any]] = {
     "engine": {
         "label": "Engine",
         "description": (
-            "Who answers: openai (any OpenAI-compatible endpoint; the default), vllm (a vLLM server that the "
-            "worker starts and shares) or transformers (in the task's own process)."
+            "Who answers: openai (any OpenAI-compatible endpoint), vllm (a vLLM server that the worker starts "
+            "and shares) or transformers (in the task's own process)."
         ),
-        "schema": {"type": ["string", "null"], "enum": ["openai", "vllm", "transformers"]},
+        "schema": {
+            "type": ["string", "null"],
+            "enum": ["openai", "vllm", "transformers"],
+            "default": "openai",
+        },
     },
     "model": {
         "label": "Model",
@@ -28,30 +32,23 @@ _CONN_FIELDS: dict[str, dict[str, Any]] = {
     },
     "max_concurrency": {
         "label": "Requests in flight",
-        "description": "How many requests one task keeps in flight at most.",
+        "description": "How many requests one task keeps in flight at most; empty for the engine's default.",
         "schema": {"type": ["integer", "null"], "minimum": 1},
     },
     "requests_per_minute": {
         "label": "Requests per minute",
         "description": "Limit for one task; empty for none.",
-        "schema": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        "schema": {"type": ["number", "null"], "minimum": 1},
     },
     "tokens_per_minute": {
         "label": "Tokens per minute",
         "description": "Limit for one task, prompt and completion together; empty for none.",
-        "schema": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        "schema": {"type": ["number", "null"], "minimum": 1},
     },
     "timeout": {
         "label": "Timeout (seconds)",
-        "description": "How long one request may take before it is tried again.",
-        "schema": {"type": ["number", "null"], "exclusiveMinimum": 0},
-    },
-    "headers": {
-        "label": "Headers",
-        "description": (
-            "HTTP headers sent with every request, as a JSON object. Their values are treated as secrets."
-        ),
-        "schema": {"type": ["object", "null"]},
+        "description": "How long one request may take before it is tried again; empty for 300.",
+        "schema": {"type": ["number", "null"], "minimum": 1},
     },
     "prompt_price_per_million": {
         "label": "Price of a million prompt tokens",
@@ -62,6 +59,13 @@ _CONN_FIELDS: dict[str, dict[str, Any]] = {
         "label": "Price of a million completion tokens",
         "description": "In US dollars.",
         "schema": {"type": ["number", "null"], "minimum": 0},
+    },
+    "headers": {
+        "label": "Headers",
+        "description": (
+            "HTTP headers sent with every request, as a JSON object. Their values are treated as secrets."
+        ),
+        "schema": {"type": ["object", "null"]},
     },
     "engine_args": {
         "label": "Engine arguments",

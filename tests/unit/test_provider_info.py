@@ -1,0 +1,81 @@
+"""What Airflow learns about the package, checked the way Airflow checks it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import airflow
+import jsonschema
+import pytest
+from airflow.providers_manager import ProvidersManager
+from airflow.sdk.providers_manager_runtime import ProvidersManagerTaskRuntime
+
+from airflow_vlm_provider.get_provider_info import get_provider_info
+from airflow_vlm_provider.hooks.settings import DEFAULT_TIMEOUT, ENGINES, FIELDS, parse_settings
+from airflow_vlm_provider.hooks.vlm import VLMHook
+
+PACKAGE = "airflow-provider-vlm"
+
+
+@pytest.fixture
+def connection_type() -> dict[str, Any]:
+    (found,) = get_provider_info()["connection-types"]
+    return found
+
+
+def test_fits_airflows_schema():
+    schema = json.loads((Path(airflow.__file__).parent / "provider_info.schema.json").read_text())
+
+    jsonschema.validate(get_provider_info(), schema)
+
+
+def test_airflow_finds_the_provider_under_its_packages_name():
+    provider = ProvidersManager().providers[PACKAGE]
+
+    assert provider.data["name"] == "Vision-language models"
+    assert provider.version == importlib.metadata.version(PACKAGE)
+
+
+def test_airflow_loads_the_hook_by_its_connection_type():
+    info = ProvidersManagerTaskRuntime().hooks["vlm"]
+
+    assert info is not None
+    assert info.hook_class_name == f"{VLMHook.__module__}.{VLMHook.__name__}"
+    assert info.connection_id_attribute_name == "vlm_conn_id"
+    assert info.hook_name == VLMHook.hook_name
+
+
+def test_every_module_named_is_there():
+    info = get_provider_info()
+
+    for kind in ("hooks", "operators"):
+        for group in info[kind]:
+            for module in group["python-modules"]:
+                assert importlib.util.find_spec(module) is not None, module
+
+
+def test_the_form_has_exactly_the_fields_that_the_hook_reads(connection_type):
+    assert sorted(connection_type["conn-fields"]) == sorted(FIELDS)
+    assert tuple(sorted(connection_type["conn-fields"]["engine"]["schema"]["enum"])) == tuple(sorted(ENGINES))
+    assert f"empty for {DEFAULT_TIMEOUT:g}" in connection_type["conn-fields"]["timeout"]["description"]
+
+
+def test_a_form_saved_empty_or_with_its_least_values_is_accepted_by_the_hook(connection_type):
+    empty, least = {}, {}
+    for name, field in connection_type["conn-fields"].items():
+        assert "null" in field["schema"]["type"], name
+        empty[name] = None
+        least[name] = field["schema"].get("minimum")
+
+    assert parse_settings("c", extra=json.dumps(empty)) == parse_settings("c", extra=json.dumps({}))
+    assert parse_settings("c", extra=json.dumps(least))[0].max_concurrency == 1
+
+
+def test_the_key_is_called_by_its_name_and_the_login_is_hidden(connection_type):
+    behaviour = connection_type["ui-field-behaviour"]
+
+    assert behaviour["relabeling"]["password"] == "API key"
+    assert "login" in behaviour["hidden-fields"]
