@@ -117,6 +117,8 @@ class VLMHook(BaseHook):
             )
         except (openai.OpenAIError, AttributeError, TypeError, ValueError):
             # The client hands an answer of another form on as it is, and stumbles over it later.
+            served = []
+        if not served:
             return False, (
                 f"{prefix}: {url}/models did not answer with a list of models. Check the base URL: that of "
                 "most servers ends in /v1."
@@ -180,8 +182,6 @@ class VLMHook(BaseHook):
 
 
 def _some(models: list[str]) -> str:
-    if not models:
-        return "no model"
     shown = ", ".join(repr(model) for model in models[:_MODELS_SHOWN])
     more = len(models) - _MODELS_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
