@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, BinaryIO, cast
 
-from airflow_vlm_provider.shards.s3_reader import ResumingReader, s3_errors
+from airflow_vlm_provider.shards.s3_errors import BrokenResponseError, s3_errors
+from airflow_vlm_provider.shards.s3_reader import ResumingReader, entity
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
     ObjectInfo,
@@ -47,10 +48,13 @@ class S3Store:
         return f"s3://{self._bucket}/{self._prefix}"
 
     def list(self) -> Iterator[ObjectInfo]:
+        paginator = self._s3().get_paginator("list_objects_v2")
         with s3_errors(self.uri):
             # S3 lists keys in the order of their UTF-8 bytes, which is that of Python's strings.
-            paginator = self._s3().get_paginator("list_objects_v2")
             for page in paginator.paginate(Bucket=self._bucket, Prefix=self._prefix):
+                # boto3 takes a response without a body, whose head was cut off, for an empty listing.
+                if "IsTruncated" not in page:
+                    raise BrokenResponseError(f"{self.uri}: the connection broke off while S3 listed it.")
                 for entry in page.get("Contents", ()):
                     name = entry["Key"][len(self._prefix) :]
                     # Keys that end in "/" are the folders that consoles draw.
@@ -58,10 +62,10 @@ class S3Store:
                         yield _object_info(name, entry["ETag"], entry["Size"])
 
     def stat(self, name: str) -> ObjectInfo:
-        key = self._key(name)
+        key, client = self._key(name), self._s3()
         with s3_errors(self.uri + name):
-            head = self._s3().head_object(Bucket=self._bucket, Key=key)
-        return _object_info(name, head["ETag"], head["ContentLength"])
+            head = client.head_object(Bucket=self._bucket, Key=key)
+        return _object_info(name, *entity(head, self.uri + name))
 
     def open(self, name: str) -> BinaryIO:
         return self._buffered(self._reader(name))
@@ -84,12 +88,12 @@ class S3Store:
         killed during a multipart upload leaves invisible parts behind; a lifecycle rule of the bucket
         (AbortIncompleteMultipartUpload) clears them.
         """
-        key = self._key(name)
+        key, client = self._key(name), self._s3()
         with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
             yield cast("BinaryIO", spool)
             spool.seek(0)
             with s3_errors(self.uri + name):
-                self._s3().upload_fileobj(spool, self._bucket, key)
+                client.upload_fileobj(spool, self._bucket, key)
 
     def _key(self, name: str) -> str:
         check_name(name)

@@ -1,18 +1,16 @@
-"""Reading one S3 object to its end over connections that break, and what S3's errors mean."""
+"""Reading one S3 object to its end over connections that break."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import logging
-import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import tenacity
 
-from airflow_vlm_provider.shards.stores import ObjectChangedError, StoreError
+from airflow_vlm_provider.shards.s3_errors import BrokenResponseError, s3_errors
+from airflow_vlm_provider.shards.stores import ObjectChangedError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -43,10 +41,9 @@ class ResumingReader(io.RawIOBase):
         with s3_errors(uri):
             response = get_object()
         self._body: Any = response["Body"]
-        self._etag: str = response["ETag"]
-        self.size: int = response["ContentLength"]
+        self._etag, self.size = entity(response, uri)
         self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(ConnectionError),
+            retry=tenacity.retry_if_exception_type(BrokenResponseError),
             stop=tenacity.stop_after_attempt(ATTEMPTS),
             wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
             before_sleep=self._log_break,
@@ -81,16 +78,18 @@ class ResumingReader(io.RawIOBase):
         try:
             with s3_errors(self._uri):
                 data: bytes = self._body.read(wanted)
-                if not data:
-                    raise ConnectionResetError(
-                        f"{self._uri} broke off after {self._position} of {self.size} bytes."
-                    )
                 if self._position + len(data) == self.size:
                     # botocore compares the checksum when it meets the end.
                     self._body.read(1)
+        except ConnectionError as error:
+            self._drop_body()
+            raise BrokenResponseError(str(error)) from error
         except BaseException:
             self._drop_body()
             raise
+        if not data:
+            self._drop_body()
+            raise BrokenResponseError(f"{self._uri} ended after {self._position} of {self.size} bytes.")
         return data
 
     def _reopen(self) -> Any:
@@ -99,10 +98,12 @@ class ResumingReader(io.RawIOBase):
                 response = self._get_object(Range=f"bytes={self._position}-", IfMatch=self._etag)
         except FileNotFoundError as error:
             raise ObjectChangedError(f"{self._uri} was deleted while it was being read.") from error
-        # A server that knows neither IfMatch nor Range must not be taken at its word.
-        if response["ETag"] != self._etag or response["ContentLength"] != self.size - self._position:
-            response["Body"].close()
+        etag, size = entity(response, self._uri)
+        # Not every server knows If-Match and Range.
+        if etag != self._etag:
             raise ObjectChangedError(f"{self._uri} was replaced while it was being read; read it again.")
+        if size != self.size - self._position:
+            raise BrokenResponseError(f"{self._uri}: the server did not return the range that was asked for.")
         return response["Body"]
 
     def _drop_body(self) -> None:
@@ -115,52 +116,13 @@ class ResumingReader(io.RawIOBase):
         log.warning("%s: reading goes on from byte %d of %d: %s", self._uri, self._position, self.size, error)
 
 
-@contextlib.contextmanager
-def s3_errors(uri: str) -> Iterator[None]:
-    """Raise what the contract of stores says in place of boto3's errors."""
-    import urllib3.exceptions
-    from botocore import exceptions as boto
+def entity(response: dict[str, Any], uri: str) -> tuple[str, int]:
+    """
+    Return the ETag and the length in bytes that a response's head tells.
 
+    :raises BrokenResponseError: They are missing. Python's HTTP client takes a head that is cut off for a whole one.
+    """
     try:
-        yield
-    except boto.ClientError as error:
-        raise _contract_error(error.response, uri) from error
-    except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
-        raise PermissionError(
-            errno.EACCES,
-            f"{error}; set the AWS connection's login and password, or give the worker a role",
-            uri,
-        ) from error
-    except (
-        boto.HTTPClientError,
-        boto.ConnectionError,
-        boto.IncompleteReadError,
-        urllib3.exceptions.HTTPError,
-        ssl.SSLError,
-        TimeoutError,
-    ) as error:
-        raise ConnectionError(f"{uri}: the connection to S3 failed: {error}") from error
-    except boto.BotoCoreError as error:
-        raise StoreError(f"{uri}: {error}") from error
-
-
-def _contract_error(response: dict[str, Any], uri: str) -> Exception:
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code = response.get("Error", {}).get("Code", "")
-    said = f"{code}: {response.get('Error', {}).get('Message', '')}"
-    if code == "NoSuchBucket":
-        return FileNotFoundError(errno.ENOENT, "No such bucket", uri)
-    if status == 404:
-        return FileNotFoundError(errno.ENOENT, "No such object", uri)
-    if status in (401, 403) or code in ("ExpiredToken", "InvalidToken"):
-        return PermissionError(
-            errno.EACCES,
-            f"S3 denies access ({said}); give the AWS connection's identity s3:ListBucket on the bucket and "
-            "s3:GetObject and s3:PutObject on its objects, and check that its credentials are valid",
-            uri,
-        )
-    if status == 412:
-        return ObjectChangedError(f"{uri} was replaced while it was being read; read it again.")
-    if status >= 500 or status == 429:
-        return ConnectionError(f"{uri}: S3 could not answer ({said}).")
-    return StoreError(f"{uri}: S3 refused the request ({said}).")
+        return response["ETag"], response["ContentLength"]
+    except KeyError as error:
+        raise BrokenResponseError(f"{uri}: the connection broke off in the head of S3's response.") from error

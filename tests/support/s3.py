@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -59,13 +60,18 @@ class S3Server:
 
 
 @contextlib.contextmanager
-def start_s3() -> Iterator[S3Server]:
-    """Start a server, wait until it answers, and kill it at the end."""
+def start_s3(*, page_size: int = 1000) -> Iterator[S3Server]:
+    """
+    Start a server, wait until it answers, and kill it at the end.
+
+    :param page_size: How many keys one response lists; a small number shows pagination without many objects.
+    """
     port = _free_port()
     endpoint_url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            env={**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(page_size)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

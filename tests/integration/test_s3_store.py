@@ -1,0 +1,411 @@
+"""The S3 store against a real server, over connections that really break."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from airflow_vlm_provider.shards.formats import shard_format
+from airflow_vlm_provider.shards.s3 import SPOOL_BYTES, S3Store
+from airflow_vlm_provider.shards.s3_reader import ATTEMPTS
+from airflow_vlm_provider.shards.stores import (
+    ObjectChangedError,
+    ObjectTooLargeError,
+    StoreError,
+    locate,
+    open_store,
+)
+from tests.support.faulty_proxy import Fault, FaultyProxy, faulty_proxy
+from tests.support.s3 import S3Server, start_s3
+
+pytestmark = pytest.mark.integration
+
+# Longer than what socket buffers swallow, so that a fault hits the reader in the middle of the body.
+BODY = random.Random(0).randbytes(3 * 2**20)
+
+PAGE_SIZE = 7
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with start_s3(page_size=PAGE_SIZE) as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(server: S3Server) -> str:
+    name = f"bucket-{uuid.uuid4().hex}"
+    server.client().create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def store(server: S3Server, bucket: str) -> S3Store:
+    return S3Store(bucket=bucket, prefix="root", client_factory=server.client)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("airflow_vlm_provider.shards.s3_reader.FIRST_WAIT_S", 0)
+
+
+def put(server: S3Server, bucket: str, key: str, data: bytes = b"data") -> None:
+    server.client().put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def keys(server: S3Server, bucket: str) -> list[str]:
+    return [entry["Key"] for entry in server.client().list_objects_v2(Bucket=bucket).get("Contents", ())]
+
+
+def through(server: S3Server, proxy: FaultyProxy, **config: Any) -> Callable[[], Any]:
+    """Make a client that goes through the proxy and, so that the store alone does, does not retry."""
+    config = {"retries": {"total_max_attempts": 1}, "read_timeout": 1, **config}
+    return lambda: server.client(endpoint_url=proxy.endpoint_url, **config)
+
+
+# --- objects ---------------------------------------------------------------------------------------------------
+
+
+def test_list_goes_through_all_pages_in_order_and_leaves_out_what_is_no_data(
+    server: S3Server, bucket: str, store: S3Store
+) -> None:
+    client = server.client()
+    expected = sorted(
+        ["a/b", "a.txt", "a-b/c", "a0", "é", *(f"n/{number}" for number in range(3 * PAGE_SIZE))]
+    )
+    for name in [*expected, "_vlm/a", "x/_b", ".hidden", "x/.y/z"]:
+        client.put_object(Bucket=bucket, Key=f"root/{name}", Body=name.encode())
+    for key in ["root/", "root/folder/", "rootless", "other/a"]:
+        client.put_object(Bucket=bucket, Key=key, Body=b"")
+    found = list(store.list())
+    assert [info.name for info in found] == expected
+    assert [info.size for info in found] == [len(name.encode()) for name in expected]
+
+
+def test_identity_is_the_same_for_list_and_stat_and_changes_with_the_content(
+    server: S3Server, bucket: str, store: S3Store
+) -> None:
+    put(server, bucket, "root/a", b"1")
+    (before,) = store.list()
+    assert store.stat("a") == before
+    put(server, bucket, "root/a", b"2")
+    assert store.stat("a").identity != before.identity
+    put(server, bucket, "root/a", b"1")
+    assert store.stat("a") == before
+
+
+def test_a_bucket_without_prefix(server: S3Server, bucket: str) -> None:
+    store = open_store(f"s3://{bucket}", s3_client=server.client)
+    with store.create("a/b") as stream:
+        stream.write(b"x")
+    assert [info.name for info in store.list()] == ["a/b"]
+    assert keys(server, bucket) == ["a/b"]
+
+
+def test_what_is_missing_is_named(server: S3Server, store: S3Store) -> None:
+    calls: list[Callable[[S3Store], Any]] = [
+        lambda store: store.stat("none"),
+        lambda store: store.open("none"),
+        lambda store: store.read("none", max_bytes=1),
+    ]
+    for call in calls:
+        with pytest.raises(FileNotFoundError, match=r"No such object: 's3://bucket-.*/root/none'"):
+            call(store)
+    assert list(store.list()) == []
+    nowhere = S3Store(bucket="no-such-bucket", client_factory=server.client)
+    for call in [*calls[1:], lambda store: list(store.list())]:
+        with pytest.raises(FileNotFoundError, match=r"No such bucket: 's3://no-such-bucket/"):
+            call(nowhere)
+    with pytest.raises(FileNotFoundError, match="No such bucket"), nowhere.create("a") as stream:
+        stream.write(b"x")
+
+
+def test_read_takes_an_object_up_to_its_bound(server: S3Server, bucket: str) -> None:
+    put(server, bucket, "large", BODY)
+    put(server, bucket, "empty", b"")
+    with faulty_proxy(server.endpoint_url) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        assert store.read("large", max_bytes=len(BODY)) == BODY
+        assert store.read("empty", max_bytes=0) == b""
+        with pytest.raises(ObjectTooLargeError, match=rf"large has {len(BODY)} bytes"):
+            store.read("large", max_bytes=len(BODY) - 1)
+
+
+def test_locate_prefers_an_object_of_this_very_key(server: S3Server, bucket: str) -> None:
+    put(server, bucket, "p/a.jsonl")
+    put(server, bucket, "p/a.jsonl/b")
+
+    def located(uri: str) -> tuple[str, str | None]:
+        store, name = locate(uri, s3_client=server.client)
+        return store.uri, name
+
+    assert located(f"s3://{bucket}/p/a.jsonl") == (f"s3://{bucket}/p/", "a.jsonl")
+    assert located(f"s3://{bucket}/p/a.jsonl/") == (f"s3://{bucket}/p/a.jsonl/", None)
+    assert located(f"s3://{bucket}/p") == (f"s3://{bucket}/p/", None)
+    assert located(f"s3://{bucket}") == (f"s3://{bucket}/", None)
+    assert located(f"s3://{bucket}/none") == (f"s3://{bucket}/none/", None)
+
+
+# --- reading over connections that break -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("kind", ["reset", "close", "stall"])
+def test_a_body_that_breaks_off_is_resumed_where_it_broke(server: S3Server, bucket: str, kind: Any) -> None:
+    put(server, bucket, "a", BODY)
+    faults = [Fault(kind, 1_000_000), Fault(kind, 800_000), Fault(kind, 2000)]
+    with faulty_proxy(server.endpoint_url, faults) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        with store.open("a") as stream:
+            data = stream.read()
+        assert proxy.faults == faults
+        ranges = [
+            int(line.split(b"=")[1].rstrip(b"-"))
+            for request in proxy.requests
+            for line in request.splitlines()
+            if line.startswith(b"Range:")
+        ]
+        matches = [request.count(b"If-Match:") for request in proxy.requests]
+    assert hashlib.sha256(data).digest() == hashlib.sha256(BODY).digest()
+    assert matches == [0, 1, 1, 1]
+    # Each resumption begins past what had come before: nothing is read twice from the beginning.
+    assert len(ranges) == 3
+    assert 0 < ranges[0] <= 1_000_000
+    assert ranges[0] < ranges[1] <= 1_800_000
+    assert ranges[1] <= ranges[2] < len(BODY)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_small_object_and_a_shard_survive_a_break_as_well(server: S3Server, bucket: str) -> None:
+    rows = b"".join(b'{"i": %d, "text": "%s"}\n' % (index, b"x" * 200) for index in range(20_000))
+    put(server, bucket, "a.jsonl", rows)
+    with faulty_proxy(server.endpoint_url, [Fault("reset", 1_500_000), None, Fault("close", 900)]) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        with store.open("a.jsonl") as stream:
+            read = [sample.row for sample in shard_format("a.jsonl").read(stream)]
+        assert store.read("a.jsonl", max_bytes=len(rows)) == rows
+        assert len(proxy.faults) == 2
+    assert [row["i"] for row in read if row] == list(range(20_000))
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("fault", [Fault("reset", 2000), Fault("close", 50)], ids=["in body", "in head"])
+def test_when_it_keeps_breaking_at_one_place_reading_raises(
+    server: S3Server, bucket: str, fault: Fault
+) -> None:
+    put(server, bucket, "a", BODY)
+    plan = itertools.chain([Fault("reset", 1_000_000)], itertools.repeat(fault))
+    with faulty_proxy(server.endpoint_url, plan) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        with store.open("a") as stream, pytest.raises(ConnectionError, match=r"s3://.*/a"):
+            stream.read()
+        assert len(proxy.requests) == ATTEMPTS
+        # The failed reader lets no one take what it has read for the whole.
+        with pytest.raises(ConnectionError):
+            store.read("a", max_bytes=len(BODY))
+
+
+def test_a_head_cut_off_before_its_fields_is_a_connection_error(server: S3Server, bucket: str) -> None:
+    put(server, bucket, "a")
+    with faulty_proxy(server.endpoint_url, itertools.repeat(Fault("close", 50))) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        with pytest.raises(ConnectionError):
+            store.stat("a")
+        with pytest.raises(ConnectionError):
+            store.open("a")
+        with pytest.raises(ConnectionError):
+            list(store.list())
+        assert len(proxy.faults) == 3
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_head_cut_off_anywhere_is_asked_for_again(server: S3Server, bucket: str) -> None:
+    put(server, bucket, "a", BODY)
+    for size in range(30, 350, 40):
+        plan = [Fault("close", 1_000_000), Fault("close", size)]
+        with faulty_proxy(server.endpoint_url, plan) as proxy:
+            store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+            assert store.read("a", max_bytes=len(BODY)) == BODY
+            assert proxy.faults == plan
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_an_object_replaced_meanwhile_is_not_spliced(server: S3Server, bucket: str) -> None:
+    put(server, bucket, "a", BODY)
+    with faulty_proxy(server.endpoint_url, [Fault("close", 1_000_000)]) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        with store.open("a") as stream:
+            stream.read(10)
+            put(server, bucket, "a", BODY[::-1])
+            with pytest.raises(ObjectChangedError, match="replaced while it was being read"):
+                stream.read()
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_an_object_deleted_meanwhile_is_told(server: S3Server, bucket: str) -> None:
+    put(server, bucket, "a", BODY)
+    with faulty_proxy(server.endpoint_url, [Fault("close", 1_000_000)]) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        with store.open("a") as stream:
+            stream.read(10)
+            server.client().delete_object(Bucket=bucket, Key="a")
+            with pytest.raises(ObjectChangedError, match="deleted while it was being read"):
+                stream.read()
+
+
+def test_a_flipped_bit_is_noticed_by_the_checksum(server: S3Server, bucket: str) -> None:
+    with S3Store(bucket=bucket, client_factory=server.client).create("a") as stream:
+        stream.write(BODY)
+    with faulty_proxy(server.endpoint_url, [Fault("corrupt", 1_000_000)] * 2) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        with store.open("a") as stream, pytest.raises(StoreError, match="checksum"):
+            stream.read()
+        with pytest.raises(StoreError, match="checksum"):
+            store.read("a", max_bytes=len(BODY))
+        assert len(proxy.faults) == 2
+
+
+def test_a_server_that_is_gone_is_a_connection_error(server: S3Server) -> None:
+    with faulty_proxy(server.endpoint_url) as proxy:
+        pass
+    store = S3Store(bucket="bucket", client_factory=through(server, proxy))
+    with pytest.raises(ConnectionError):
+        store.stat("a")
+    with pytest.raises(ConnectionError):
+        list(store.list())
+    with pytest.raises(ConnectionError), store.create("a"):
+        pass
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 10, SPOOL_BYTES + 2**20])
+def test_create_shows_the_object_whole_at_the_end(
+    server: S3Server, bucket: str, store: S3Store, size: int
+) -> None:
+    data = os.urandom(size)
+    put(server, bucket, "root/a", b"old")
+    with store.create("a") as stream:
+        stream.write(data)
+        assert store.read("a", max_bytes=3) == b"old"
+    assert store.read("a", max_bytes=size) == data
+    assert keys(server, bucket) == ["root/a"]
+    assert uploads(server, bucket) == []
+
+
+def test_create_leaves_nothing_when_the_body_raises(server: S3Server, bucket: str, store: S3Store) -> None:
+    def fail(size: int) -> None:
+        with store.create("a") as stream:
+            stream.write(bytes(size))
+            raise RuntimeError("half")
+
+    for size in (10, SPOOL_BYTES + 2**20):
+        with pytest.raises(RuntimeError, match="half"):
+            fail(size)
+    assert keys(server, bucket) == []
+    assert uploads(server, bucket) == []
+
+
+def uploads(server: S3Server, bucket: str) -> list[Any]:
+    return list(server.client().list_multipart_uploads(Bucket=bucket).get("Uploads", ()))
+
+
+def test_an_upload_that_fails_leaves_nothing(server: S3Server, bucket: str) -> None:
+    # The first connection begins the multipart upload, one of the next takes a part and is cut.
+    plan = [None, Fault("reset", 10), Fault("reset", 10)]
+    with faulty_proxy(server.endpoint_url, plan) as proxy:
+        store = S3Store(bucket=bucket, client_factory=through(server, proxy))
+        with pytest.raises(ConnectionError), store.create("a") as stream:
+            stream.write(bytes(SPOOL_BYTES + 2**20))
+        assert proxy.faults
+    assert keys(server, bucket) == []
+    assert uploads(server, bucket) == []
+
+
+KILLED = """
+import sys
+from tests.support.s3 import S3Server
+from airflow_vlm_provider.shards.s3 import S3Store
+server = S3Server(sys.argv[1])
+with S3Store(bucket=sys.argv[2], client_factory=server.client).create("a.jsonl") as stream:
+    stream.write(b"half" * 5_000_000)
+    if sys.argv[3] == "body":
+        print("now", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_a_writer_killed_in_its_body_leaves_nothing_visible(server: S3Server, bucket: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, server.endpoint_url, bucket, "body"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"now\n"
+        writer.send_signal(signal.SIGKILL)
+    assert keys(server, bucket) == []
+
+
+def test_a_writer_killed_in_its_upload_leaves_nothing_visible(server: S3Server, bucket: str) -> None:
+    # The upload has begun and its parts get no answer: there the writer hangs when it is killed.
+    plan = itertools.chain([None], itertools.repeat(Fault("stall", 0)))
+    with (
+        faulty_proxy(server.endpoint_url, plan) as proxy,
+        subprocess.Popen([sys.executable, "-c", KILLED, proxy.endpoint_url, bucket, "upload"]) as writer,
+    ):
+        while not proxy.faults and writer.poll() is None:
+            threading.Event().wait(0.05)
+        writer.send_signal(signal.SIGKILL)
+    assert writer.returncode == -signal.SIGKILL
+    assert keys(server, bucket) == []
+
+
+def test_writers_at_once_do_not_mix(store: S3Store) -> None:
+    writers = 4
+    meeting = threading.Barrier(writers)
+    seen: list[bytes] = []
+
+    def write(number: int) -> None:
+        with store.create("a") as stream:
+            stream.write(bytes([number]) * 300_000)
+            meeting.wait()
+        seen.append(store.read("a", max_bytes=10**6))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == writers
+    assert all(len(data) == 300_000 and len(set(data)) == 1 for data in seen)
+
+
+def test_threads_share_one_client(server: S3Server, bucket: str) -> None:
+    made = []
+
+    def factory() -> Any:
+        made.append(1)
+        return server.client()
+
+    store = S3Store(bucket=bucket, client_factory=factory)
+    put(server, bucket, "a", b"data")
+    read: list[bytes] = []
+    threads = [threading.Thread(target=lambda: read.append(store.read("a", max_bytes=4))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (read, made) == ([b"data"] * 8, [1])
