@@ -50,7 +50,8 @@ class Run:
     """What one client did in one round.
 
     :param cpu_ms: CPU milliseconds an image, user and system, within the measured part.
-    :param process_cpu_ms: The same over the whole process, imports and start-up included.
+    :param process_seconds: From the start of the process to its end.
+    :param process_cpu_ms: As ``cpu_ms``, over the whole process: imports, start-up and warm-up included.
     :param peak_mb: Peak memory of its largest process.
     :param stub_cpu_ms: CPU milliseconds an image that the endpoint took.
     :param others: Cores that everything else on the machine kept busy meanwhile.
@@ -59,6 +60,7 @@ class Run:
     images: int
     rate: float
     cpu_ms: float
+    process_seconds: float
     process_cpu_ms: float
     peak_mb: float
     stub_cpu_ms: float
@@ -123,6 +125,7 @@ def run(
         images=images,
         rate=images / figures["seconds"],
         cpu_ms=1000 * figures["cpu_seconds"] / images,
+        process_seconds=seconds,
         process_cpu_ms=1000 * used / images,
         peak_mb=figures["peak_mb"],
         stub_cpu_ms=1000 * stub_cpu / images,

@@ -59,14 +59,14 @@ class Row:
 def table(rows: Mapping[str, Row]) -> str:
     """The figures as Markdown: medians, and the rates' range."""
     lines = [
-        "| client | images | images/s | range | of ideal | of bare loop | CPU ms/image | whole process | "
-        "peak MB | others' cores |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| client | images | images/s | range | of ideal | of bare loop | CPU ms/image | peak MB | "
+        "whole process: s | CPU ms/image | other load: cores |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     bare = rows["bare"].median("rate") if "bare" in rows and rows["bare"].runs else None
     for row in rows.values():
         if not row.runs:
-            lines.append(f"| {row.client.label} | not run: {row.failure} ||||||||||")
+            lines.append(f"| {row.client.label} | not run: {row.failure} |||||||||")
             continue
         rate = row.median("rate")
         rates = [run.rate for run in row.runs]
@@ -78,8 +78,9 @@ def table(rows: Mapping[str, Row]) -> str:
             f"{rate / IDEAL:.2f}",
             f"{rate / bare:.2f}" if bare else "",
             f"{row.median('cpu_ms'):.2f}",
-            f"{row.median('process_cpu_ms'):.2f}",
             f"{row.median('peak_mb'):.0f}",
+            f"{row.median('process_seconds'):.1f}",
+            f"{row.median('process_cpu_ms'):.2f}",
             f"{row.median('others'):.1f}",
         ]
         note = f" ({len(rates)} runs, then {row.failure})" if row.failure else ""
