@@ -124,8 +124,8 @@ class Diagnosis:
             return self._passing(status, headers, quoted)
         if status in (401, 403):
             return ConfigError(
-                f"{self.name}: {self.endpoint} does not accept the API key (status {status}: {quoted}). Set the "
-                "connection's password to a key that may use this model."
+                f"{self.name}: {self.endpoint} denies access (status {status}: {quoted}). Set the connection's "
+                "password to an API key that may use this model."
             )
         if status == 404 or (status in _SAMPLE and _NO_MODEL.search(words)):
             return self._not_found(words, quoted)

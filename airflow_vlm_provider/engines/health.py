@@ -85,8 +85,9 @@ class Health:
         if self._rejections < _REJECTED:
             return None
         return ConfigError(
-            f"{self._name}: the first {self._rejections} requests were all rejected alike: {error.message} Check "
-            "the model, its context length against max_pixels and the prompts, and what media it takes."
+            f"{self._name}: the first {self._rejections} requests were all rejected alike. "
+            f"{error.message.rstrip('.')}. Check the model, what media it takes, and its context length against "
+            "max_pixels and the prompts."
         )
 
     def failed(self, turn: Turn, failure: PassingError) -> bool:

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from airflow_vlm_provider.engines.limits import Limits, TokenEstimate
+from airflow_vlm_provider.types import Media, Request
+from tests.support.virtual_time import run_in_virtual_time
+
+
+async def _send(limits: Limits, amounts: list[float]) -> list[tuple[float, int]]:
+    """Ask for all permits at once; when each was given, in order."""
+    given: list[tuple[float, int]] = []
+
+    async def one(index: int, tokens: float) -> None:
+        await limits.permit(tokens)
+        given.append((asyncio.get_running_loop().time(), index))
+
+    await asyncio.gather(*(one(index, tokens) for index, tokens in enumerate(amounts)))
+    return given
+
+
+def _most_in_a_minute(given: list[tuple[float, int]], amounts: list[float]) -> float:
+    return max(sum(amounts[i] for at, i in given if start <= at < start + 60) for start, _ in given)
+
+
+@pytest.mark.parametrize("rate", [6, 60, 600])
+def test_no_minute_sees_more_requests_than_its_due(rate):
+    amounts = [1.0] * (rate * 3)
+    given = run_in_virtual_time(_send(Limits(concurrency=1000, requests_per_minute=rate), amounts))
+    # One second's worth may go out at once.
+    assert _most_in_a_minute(given, amounts) <= rate + max(1, rate / 60)
+    # And no time is wasted: three minutes' worth takes three minutes.
+    assert given[-1][0] == pytest.approx(180, rel=0.2)
+
+
+def test_no_minute_sees_many_more_tokens_than_its_due():
+    amounts = [3000.0, 50.0] * 100
+    given = run_in_virtual_time(_send(Limits(concurrency=1000, tokens_per_minute=60_000), amounts))
+    assert _most_in_a_minute(given, amounts) <= 60_000 * 7 / 6 + 3000
+    assert given[-1][0] == pytest.approx(sum(amounts) / 1000, rel=0.1)
+
+
+def test_a_request_larger_than_the_bucket_passes_and_is_paid_for_in_full():
+    given = run_in_virtual_time(_send(Limits(concurrency=10, tokens_per_minute=600), [1200.0, 1.0]))
+    assert [index for _, index in given] == [0, 1]
+    assert given[0][0] == pytest.approx((1200 - 100) / 10)
+
+
+def test_first_come_first_served_whatever_the_size():
+    amounts = [5000.0, 10.0, 4000.0, 10.0, 3000.0, 10.0]
+    given = run_in_virtual_time(_send(Limits(concurrency=10, tokens_per_minute=6000), amounts))
+    assert [index for _, index in given] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_pause_holds_everybody_and_the_longer_one_counts():
+    async def run() -> list[tuple[float, int]]:
+        limits = Limits(concurrency=10)
+        limits.pause(30)
+        limits.pause(5)
+        return await _send(limits, [1.0] * 5)
+
+    given = run_in_virtual_time(run())
+    assert len(given) == 5
+    assert all(at >= 30 for at, _ in given)
+
+
+def test_a_pause_that_grows_while_it_is_waited_out_is_waited_out_to_its_new_end():
+    async def run() -> list[tuple[float, int]]:
+        limits = Limits(concurrency=10)
+        limits.pause(10)
+        asyncio.get_running_loop().call_later(5, limits.pause, 20)
+        return await _send(limits, [1.0])
+
+    assert run_in_virtual_time(run())[0][0] >= 25
+
+
+def test_closing_ends_sleeps_and_pauses_at_once():
+    async def run() -> float:
+        limits = Limits(concurrency=10)
+        limits.pause(1000)
+        asyncio.get_running_loop().call_later(1, limits.close)
+        await asyncio.gather(limits.sleep(500), *(limits.permit(1.0) for _ in range(3)))
+        await limits.sleep(500)
+        return asyncio.get_running_loop().time()
+
+    assert run_in_virtual_time(run()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_cancelled_wait_holds_nobody_up():
+    async def run() -> float:
+        limits = Limits(concurrency=10, requests_per_minute=1)
+        await limits.permit(0)
+        waiting = asyncio.ensure_future(limits.permit(0))
+        await asyncio.sleep(1)
+        waiting.cancel()
+        await limits.permit(0)
+        return asyncio.get_running_loop().time()
+
+    assert run_in_virtual_time(run()) == pytest.approx(60, rel=0.01)
+
+
+def _request(text: str = "x" * 400, n: int = 1) -> Request:
+    return Request(None, (Media("image", "image/jpeg", b"", "a"), text), n=n)
+
+
+def test_the_estimate_learns_what_prompts_are_billed_and_keeps_what_is_reserved():
+    estimate = TokenEstimate()
+    first = estimate.of(_request(), max_tokens=500)
+    for _ in range(10):
+        estimate.learn(_request(), prompt_tokens=220, completion_tokens=3)
+    assert first > 1000
+    assert estimate.of(_request(), max_tokens=500) == pytest.approx(220 + 500)
+    assert estimate.of(_request(n=4), max_tokens=500) == pytest.approx(220 + 2000)
+
+
+def test_without_max_tokens_the_answers_length_is_learnt_too():
+    estimate = TokenEstimate()
+    for _ in range(10_000):
+        estimate.learn(_request(), prompt_tokens=220, completion_tokens=30)
+    assert estimate.of(_request(), max_tokens=None) == pytest.approx(250, rel=0.01)
+
+
+def test_an_endpoint_that_reports_no_usage_leaves_the_guess():
+    estimate = TokenEstimate()
+    before = estimate.of(_request(), max_tokens=10)
+    estimate.learn(_request(), prompt_tokens=0, completion_tokens=0)
+    assert estimate.of(_request(), max_tokens=10) == before
