@@ -47,6 +47,7 @@ class StubServer:
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
         self._process = process
         self.pid = process.pid
+        self.pid = process.pid
         self.port = port
         self.root = f"http://127.0.0.1:{port}"
         self.base_url = f"{self.root}/v1"
