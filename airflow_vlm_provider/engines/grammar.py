@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from airflow_vlm_provider.engines.decoding import Rows
 from airflow_vlm_provider.errors import ConfigError
+
+# xgrammar lets through what no JSON document may hold: control characters in strings of bounded length
+# (mlc-ai/xgrammar#800) and some byte sequences that are no UTF-8. After these bytes, only these may follow.
+_FOLLOWING = {0xE0: range(0xA0, 0xC0), 0xED: range(0x80, 0xA0), 0xF0: range(0x90, 0xC0)}
+_FORBIDDEN = re.compile(rb"[\x00-\x1f]|\xe0[\x80-\x9f]|\xed[\xa0-\xbf]|\xf0[\x80-\x8f]")
 
 
 class Grammars:
@@ -16,13 +22,12 @@ class Grammars:
     :param tokenizer: The model's tokenizer.
     :param vocabulary: How many logits the model computes, which is often more than the tokenizer has tokens.
     :param eos_ids: Tokens that end an answer.
-    :raises ConfigError: xgrammar can't be imported, or does not know this kind of tokenizer.
+    :raises ConfigError: xgrammar does not know this kind of tokenizer.
     """
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, eos_ids: Collection[int]) -> None:
         import xgrammar
 
-        special = _special_ids(tokenizer)
         try:
             info = xgrammar.TokenizerInfo.from_huggingface(
                 tokenizer, vocab_size=vocabulary, stop_token_ids=sorted(eos_ids)
@@ -31,12 +36,19 @@ class Grammars:
             raise ConfigError(f"xgrammar can't work with the model's tokenizer: {error}") from error
         self.vocabulary = vocabulary
         self._compiler = xgrammar.GrammarCompiler(info)
-        self.allowed = xgrammar.allocate_token_bitmask(1, vocabulary)[0]
-        for token, spelling in enumerate(info.decoded_vocab):
-            # To xgrammar a special token is its own spelling, which a string may hold; but decoding drops it. And
-            # strings of bounded length may hold control characters to it (mlc-ai/xgrammar#800), which JSON forbids.
-            if token not in eos_ids and (token in special or any(byte < 0x20 for byte in spelling)):
-                self.allowed[token // 32] &= ~(1 << token % 32) if token % 32 < 31 else 0x7FFFFFFF
+        special = _special_ids(tokenizer) - set(eos_ids)
+        spellings = info.decoded_vocab
+        # To xgrammar a special token is its own spelling, which a string may hold; but decoding drops it.
+        self._allowed = _bitmask(
+            spellings, lambda token, spelling: token not in special and not _FORBIDDEN.search(spelling)
+        )
+        self._narrowed: dict[int, Any] = {}
+        for byte, following in _FOLLOWING.items():
+            narrowed = self._allowed & _bitmask(
+                spellings, lambda _, spelling, f=following: spelling[:1] in bytes(f)
+            )
+            cut = (token for token, spelling in enumerate(spellings) if spelling.endswith(bytes([byte])))
+            self._narrowed.update(dict.fromkeys(cut, narrowed))
 
     def compile(self, schema: Mapping[str, Any]) -> Any:
         """The grammar of a schema's documents, in one line and without free whitespace.
@@ -48,6 +60,20 @@ class Grammars:
             return self._compiler.compile_json_schema(json.dumps(schema), any_whitespace=False)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(f"The JSON schema can't be made a grammar: {error}") from error
+
+    def allowed_after(self, tokens: Sequence[int]) -> Any:
+        """The bitmask of tokens that may follow in any JSON document."""
+        return self._narrowed.get(tokens[-1], self._allowed) if tokens else self._allowed
+
+
+def _bitmask(spellings: Sequence[bytes], allow: Callable[[int, bytes], bool]) -> Any:
+    """One bit for each token, in words of 32, as xgrammar has it."""
+    import numpy
+    import torch
+
+    bits = numpy.zeros((len(spellings) + 31) // 32 * 32, dtype=bool)
+    bits[: len(spellings)] = [allow(token, spelling) for token, spelling in enumerate(spellings)]
+    return torch.from_numpy(numpy.packbits(bits, bitorder="little").view(numpy.int32).copy())
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -66,7 +92,7 @@ class GrammarMask:
     def __init__(self, grammars: Grammars, compiled: Sequence[Any | None], rows: Rows) -> None:
         import xgrammar
 
-        self._allowed = grammars.allowed
+        self._grammars = grammars
         self._matchers = {
             row: xgrammar.GrammarMatcher(grammar)
             for row, grammar in enumerate(compiled)
@@ -79,19 +105,18 @@ class GrammarMask:
     def __call__(self, _input_ids: Any, scores: Any) -> Any:
         import xgrammar
 
-        for row, matcher in self._matchers.items():
-            if self._rows.ended(row):
-                continue
-            for token in self._rows.tokens[row][self._accepted[row] :]:
-                # Only logits that are no numbers get a token past the mask.
-                if not matcher.accept_token(token):
-                    raise RuntimeError(f"the model chose token {token}, which was ruled out")
-                self._accepted[row] += 1
-            matcher.fill_next_token_bitmask(self._bitmask, row)
-            self._bitmask[row] &= self._allowed
         active = [row for row in self._matchers if not self._rows.ended(row)]
         if not active:
             return scores
+        for row in active:
+            tokens, matcher = self._rows.tokens[row], self._matchers[row]
+            for token in tokens[self._accepted[row] :]:
+                # Only logits that are no numbers get a token past the mask.
+                if not matcher.accept_token(token):
+                    raise RuntimeError(f"the model chose token {token}, which was ruled out")
+            self._accepted[row] = len(tokens)
+            matcher.fill_next_token_bitmask(self._bitmask, row)
+            self._bitmask[row] &= self._grammars.allowed_after(tokens)
         # xgrammar has kernels for these two; the way over the CPU costs little beside a forward pass.
         device = scores.device if scores.device.type in ("cpu", "cuda") else "cpu"
         masked = scores.to(device)
