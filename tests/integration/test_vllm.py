@@ -1,0 +1,104 @@
+"""The operator with a real vLLM server and the demo model: the pictures' own tags, constrained by the schema."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from airflow_vlm_provider.hooks.vlm import VLMHook
+from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
+from demo.drawings import draw
+from tests.support.vllm_server import require_vllm, start_vllm
+
+pytestmark = pytest.mark.integration
+
+MODEL = Path(__file__).parents[2] / "demo" / "model"
+KEY = "sk-vllm-integration"
+PICTURES = 40
+
+
+@pytest.fixture(scope="module")
+def base_url(tmp_path_factory):
+    require_vllm()
+    with start_vllm(MODEL, tmp_path_factory.mktemp("vllm") / "log", api_key=KEY) as url:
+        yield url
+
+
+@pytest.fixture
+def connect(base_url, monkeypatch):
+    def make(**fields: Any) -> None:
+        extra = {"model": "demo", "max_concurrency": 8, **fields.pop("extra", {})}
+        value = {"conn_type": "vlm", "host": base_url, "password": KEY, "extra": extra, **fields}
+        monkeypatch.setenv("AIRFLOW_CONN_VLM_DEFAULT", json.dumps(value))
+
+    make()
+    return make
+
+
+def execute(**parameters: Any) -> dict[str, Any]:
+    ti = SimpleNamespace(dag_id="d", run_id="r", task_id="tag", map_index=-1, try_number=1)
+    return ImageTaggingVLMOperator(task_id="tag", **parameters).execute({"ti": ti})  # type: ignore[typeddict-item]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    rng = random.Random(77)
+    drawings = [draw(rng) for _ in range(PICTURES)]
+    source = tmp_path / "in"
+    source.mkdir()
+    rows = []
+    for number, drawing in enumerate(drawings):
+        form = ("PNG", "JPEG")[number % 2]
+        (source / f"{number}.{form.lower()}").write_bytes(drawing.encode(form))
+        rows.append(json.dumps({"images": [f"{number}.{form.lower()}"], "text": ""}))
+    (source / "a.jsonl").write_text("\n".join(rows))
+    return source, drawings
+
+
+def test_drawings_get_their_own_tags_from_vllm(connect, dataset, tmp_path):
+    source, drawings = dataset
+    result = execute(source=str(source), destination=str(tmp_path / "out"))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text().splitlines()]
+    right = [
+        row["__dj__meta__"]["image_tags"] == [drawing.tags]
+        for row, drawing in zip(rows, drawings, strict=True)
+    ]
+    assert sum(right) >= 0.95 * PICTURES
+    assert (result["rows_in"], result["ok"], result["requests"]) == (PICTURES, PICTURES, PICTURES)
+    assert result["prompt_tokens"] > 100 * PICTURES
+    assert result["completion_tokens"] > 10 * PICTURES
+
+
+def test_the_schema_holds_where_the_model_would_ramble(connect, dataset, tmp_path):
+    source, _ = dataset
+    # Hot sampling makes this model write nonsense; the grammar still makes it tags, or the answer is cut and asked again.
+    result = execute(
+        source=str(source),
+        destination=str(tmp_path / "out"),
+        sampling_params={"temperature": 1.8, "seed": 5},
+        max_error_rate=1.0,
+    )
+    assert result["ok"] + result["failed"] == PICTURES
+    assert result["ok"] >= 0.8 * PICTURES
+    for line in (tmp_path / "out" / "a.jsonl").read_text().splitlines():
+        for tags in json.loads(line).get("__dj__meta__", {}).get("image_tags", []):
+            assert 1 <= len(tags) <= 10
+            assert all(0 < len(tag) <= 30 and tag == tag.lower() for tag in tags)
+
+
+def test_the_connection_test_knows_the_served_model(connect):
+    assert VLMHook().test_connection()[0]
+    connect(extra={"model": "another"})
+    good, sentence = VLMHook().test_connection()
+    assert not good
+    assert "'another'" in sentence
+    assert "'demo'" in sentence
+    connect(password="sk-no")
+    good, sentence = VLMHook().test_connection()
+    assert not good
+    assert "refuses the API key" in sentence

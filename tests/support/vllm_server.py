@@ -1,0 +1,79 @@
+"""A real vLLM server on this machine's CPU, with a model from a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+START_TIMEOUT = 400.0
+
+
+def require_vllm() -> None:
+    """Skip the test where vLLM could not be installed; on CI that is a failure."""
+    if importlib.util.find_spec("vllm") is None:
+        reason = "vLLM is not installed: its CPU build needs a CPU build of torch (see scripts/setup_env.py)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def start_vllm(
+    model: Path, log: Path, *, served_as: str = "demo", api_key: str | None = None
+) -> Iterator[str]:
+    """Serve a model until the block ends; yields the base URL.
+
+    :param model: Folder of the model.
+    :param log: Takes what the server prints.
+    :raises RuntimeError: it did not come up; the message holds the end of its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model), "--served-model-name", served_as),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"),
+        *("--limit-mm-per-prompt", json.dumps({"image": 4, "video": 0})),
+        *(("--api-key", api_key) if api_key else ()),
+    ]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with log.open("wb") as output:
+        # The engine runs in a process of its own, and both must end.
+        process = subprocess.Popen(
+            command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    root = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(f"{root}/health", timeout=5).close()
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_bytes()[-6000:].decode(errors="replace")
+                raise RuntimeError(f"vLLM did not come up ({process.poll()}):\n{tail}")
+            time.sleep(0.5)
+        yield f"{root}/v1"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
