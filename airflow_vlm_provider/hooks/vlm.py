@@ -66,7 +66,7 @@ class VLMHook(BaseHook):
         """
         from openai import OpenAI
 
-        return OpenAI(**self._client_options())
+        return OpenAI(**self.client_options())
 
     def get_async_conn(self) -> AsyncOpenAI:
         """An asynchronous client of the endpoint, without retries too.
@@ -75,7 +75,7 @@ class VLMHook(BaseHook):
         """
         from openai import AsyncOpenAI
 
-        return AsyncOpenAI(**self._client_options())
+        return AsyncOpenAI(**self.client_options())
 
     def test_connection(self) -> tuple[bool, str]:
         """Ask the endpoint which models it serves; for an engine on the worker, check what can be checked.
@@ -147,7 +147,11 @@ class VLMHook(BaseHook):
             f"so there is no endpoint to ask. {will_load} there, where this test does not look. {package}"
         )
 
-    def _client_options(self) -> dict[str, Any]:
+    def client_options(self) -> dict[str, Any]:
+        """What a client of the endpoint is made with, by the names that openai's clients use; holds the secrets.
+
+        :raises ConfigError: the connection has no host, or one of its values is not usable.
+        """
         _, api_key, headers = self._parsed
         return {
             # The client insists on a key, also for servers that ask for none.
