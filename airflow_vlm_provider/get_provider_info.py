@@ -77,6 +77,23 @@ _CONN_FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 
+_CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
+    "gpu_queue": {
+        "description": "Queue that DAGs put tasks with a local engine on; empty for the executor's default.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "gpu",
+        "default": "",
+    },
+    "gpu_pool": {
+        "description": "Pool that DAGs put tasks with a local engine in; empty for the default pool.",
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "gpu",
+        "default": "",
+    },
+}
+
 
 def get_provider_info() -> dict[str, Any]:
     """Describe the provider to Airflow: the connection type with its form, hooks and operators."""
@@ -123,4 +140,5 @@ def get_provider_info() -> dict[str, Any]:
                 "conn-fields": _CONN_FIELDS,
             }
         ],
+        "config": {"vlm": {"description": "Vision-language models.", "options": _CONFIG_OPTIONS}},
     }
