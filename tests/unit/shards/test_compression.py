@@ -99,7 +99,7 @@ def test_the_rows_before_the_damage_do_not_pass_for_the_shard(codec: Codec) -> N
 
 @codecs
 def test_a_bomb_is_taken_in_small_steps(codec: Codec) -> None:
-    bomb = compress(codec, bytes(300 * 2**20))
+    bomb = compress(codec, bytes(160 * 2**20))
     tracemalloc.start()
     try:
         reader = io.BufferedReader(DecompressingReader(io.BytesIO(bomb), codec))
@@ -109,7 +109,7 @@ def test_a_bomb_is_taken_in_small_steps(codec: Codec) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert size == 300 * 2**20
+    assert size == 160 * 2**20
     assert peak < 80 * 2**20
 
 

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.formats import is_shard, shard_format
 from airflow_vlm_provider.shards.jsonl import MAX_DEPTH, JsonLines
 from airflow_vlm_provider.types import Sample
+
+# A busy machine is no failure.
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SUFFIXES = [".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst"]
 
@@ -42,6 +45,7 @@ def write(name: str, *rows: dict[str, Any]) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@untimed
 @given(written=st.lists(rows, max_size=5))
 def test_rows_come_back_as_they_were_written(suffix: str, written: list[dict[str, Any]]) -> None:
     stream = io.BytesIO(write("shard" + suffix, *written))
@@ -50,6 +54,7 @@ def test_rows_come_back_as_they_were_written(suffix: str, written: list[dict[str
     assert [sample.index for sample in samples] == list(range(len(written)))
 
 
+@untimed
 @given(written=st.lists(rows, max_size=5))
 def test_untouched_rows_keep_their_bytes(written: list[dict[str, Any]]) -> None:
     original = write("a.jsonl", *written)
