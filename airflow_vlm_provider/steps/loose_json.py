@@ -42,6 +42,7 @@ _CLOSE_BRACKET = re.compile(r"[\]}]")
 _BLANK = re.compile(r"(?:\s|//[^\n]*|[uUbBrR](?=['\"]))+")
 _BARE_END = re.compile(r"[\[\]{},;:，；、：\n\"“”„]")
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
+_CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f"}
 _NUMBER = re.compile(r"[+-]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _CONSTANTS: dict[str, Any] = {
     **dict.fromkeys(("null", "none", "undefined", "nan", "infinity", "-infinity")),
@@ -204,4 +205,4 @@ def _unescaped(string: str) -> str:
 def _unescape(match: re.Match[str]) -> str:
     if match[1]:
         return chr(int(match[1], 16))
-    return " " if match[2] in "nrtbf" else match[2]
+    return _CONTROLS.get(match[2], match[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,7 @@ def read_sampling(params: Mapping[str, Any] | None, *, defaults: Mapping[str, An
         given["temperature"] = given.get("temperature", 1.0) if do_sample else 0
     sampling = {name: value for name, value in {**defaults, **given}.items() if value is not None}
     _check(sampling)
-    return sampling
+    return copy.deepcopy(sampling)
 
 
 def asked_again(sampling: Mapping[str, Any], retry: int) -> dict[str, Any]:

@@ -97,12 +97,11 @@ class TaggingStep:
                 raise ConfigError(f"{parameter} is {prompt!r}; give a string, or None for the project's own.")
         if isinstance(try_num, bool) or not isinstance(try_num, int) or try_num < 1:
             raise ConfigError(f"try_num is {try_num!r}; give a whole number from 1 on.")
-        if isinstance(special_tokens, str) or not all(
+        if not isinstance(special_tokens, list | tuple) or not all(
             isinstance(token, str) and token for token in special_tokens
         ):
-            raise ConfigError(
-                f"special_tokens is {special_tokens!r}; give a list of strings that are not empty."
-            )
+            what = f"special_tokens is {special_tokens!r}"
+            raise ConfigError(f"{what}; give a list of strings that are not empty.")
         self.tag_field_name = tag_field_name
         self.system_prompt = TAGGING_SYSTEM if system_prompt is None else system_prompt
         self.input_template = TAGGING_INPUT if input_template is None else input_template

@@ -84,7 +84,8 @@ def _words(text: str) -> list[str]:
             words[-1] += character
         elif category != "Cf" and words[-1]:  # format characters (soft hyphen, byte order mark) are invisible
             words.append("")
-    return [word for word in words if word]
+    # Once more, since an accent may have been kept from its letter by an invisible character.
+    return [unicodedata.normalize("NFKC", word) for word in words if word]
 
 
 def _joins(before: str, character: str, after: str) -> bool:
