@@ -189,6 +189,15 @@ def test_requests_per_minute(stub):
     assert times[-1] - times[0] >= 1.4
 
 
+def test_tokens_per_minute(stub):
+    # 258 tokens of prompt and the reserved 1000 each: ten requests go out at once, and then one a second.
+    engine = _engine(stub, tokens_per_minute=60 * 1258, concurrency=1)
+    answers = _ask_all(engine, [_request(index, sampling={"max_tokens": 1000}) for index in range(12)])
+    assert all(isinstance(answer, Answer) for answer in answers)
+    times = [at for at, _, _ in stub.stats()["log"]]
+    assert times[-1] - times[0] >= 1.9
+
+
 # What passes, and what does not
 
 
@@ -196,7 +205,7 @@ def test_requests_per_minute(stub):
     "fault",
     [
         "server_error", "unavailable", "overloaded", "rate_limit_bare", "reset", "disconnect", "truncated",
-        "truncated_json", "not_json", "hang",
+        "truncated_json", "not_json", "drip", "hang",
     ],
 )  # fmt: skip
 def test_what_may_pass_is_asked_again_and_given_up_in_the_end(stub, fault):
@@ -393,12 +402,13 @@ def test_cancelling_during_a_pause_sends_nothing_more(stub):
     assert stub.stats()["requests"] == 1
 
 
-def test_closing_ends_what_still_waits(stub):
+@pytest.mark.parametrize("fault", ["rate_limit", "hang"])
+def test_closing_ends_what_still_waits(stub, fault):
     async def main() -> list[Any]:
         async with _engine(stub, concurrency=1) as engine:
-            stub.set(script=["rate_limit"], retry_after="30")
+            stub.set(script=[fault], retry_after="30")
             asking = [asyncio.ensure_future(engine.ask(_request(index))) for index in range(4)]
-            await _until(stub, lambda stats: stats["by_status"])
+            await _until(stub, lambda stats: stats["requests"])
         return await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 5)
 
     errors = asyncio.run(main())

@@ -27,7 +27,8 @@ class StubOptions:
     :param capacity: How many requests are served at once; the others queue. 0 is no bound.
     :param faults: Probability of each fault by name; :mod:`tests.support.stub_answers` lists them, besides
         ``reset`` (TCP reset in the middle of the answer), ``disconnect`` (closed without an answer),
-        ``truncated`` (closed before the promised length) and ``hang`` (no answer, ever).
+        ``truncated`` (closed before the promised length), ``drip`` (ten bytes a second) and ``hang`` (no
+        answer, ever).
     :param script: Faults for the first requests in order of arrival; ``ok`` is none.
     :param seed: Which requests fail.
     :param retry_after: ``Retry-After`` of ``rate_limit``, in seconds, ``date:<seconds>`` for an HTTP date, or
@@ -205,6 +206,9 @@ class StubConnection(asyncio.Protocol):
         if self.fault in ("reset", "disconnect", "truncated"):
             self.server.by_status["none"] += 1
             self.break_off(content)
+        elif self.fault == "drip":
+            self.send(status, {"Content-Length": str(len(content))}, b"")
+            self.drip(content)
         elif self.fault == "truncated_json":
             self.send(status, headers, content[: len(content) // 2])
         elif self.fault == "not_json":
@@ -226,6 +230,11 @@ class StubConnection(asyncio.Protocol):
             self.transport.abort()
         else:
             self.transport.close()
+
+    def drip(self, content: bytes) -> None:
+        if content and not self.transport.is_closing():
+            self.transport.write(content[:1])
+            asyncio.get_running_loop().call_later(0.1, self.drip, content[1:])
 
     def refuse(self, status: int, headers: Mapping[str, str], content: Any) -> None:
         self.server.log.append((time.monotonic(), "", str(status)))
