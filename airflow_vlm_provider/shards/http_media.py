@@ -102,13 +102,14 @@ class HttpFetcher:
         return max(self._backoff(state), min(asked, LONGEST_WAIT_S))
 
     def _fetch(self, url: HttpUrl) -> bytes:
+        reach = self._reach(url)
         deadline = time.monotonic() + self._total_timeout
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                body = self._hop(url, self._reach(url), deadline)
-                if isinstance(body, bytes):
-                    return body
-                url = body
+                outcome = self._hop(url, reach, deadline)
+                if isinstance(outcome, bytes):
+                    return outcome
+                url, reach = outcome
         except ssl.SSLCertVerificationError as error:
             raise SampleError(
                 "media_unreadable",
@@ -119,8 +120,8 @@ class HttpFetcher:
             raise TransientError(f"{shown(str(url))} could not be fetched: {reason[:200]}") from error
         raise SampleError("media_unreadable", f"{shown(str(url))}: more than {MAX_REDIRECTS} redirects.")
 
-    def _hop(self, url: HttpUrl, reach: Reach, deadline: float) -> bytes | HttpUrl:
-        """Ask one server: its answer's body, or where it says to go instead."""
+    def _hop(self, url: HttpUrl, reach: Reach, deadline: float) -> bytes | tuple[HttpUrl, Reach]:
+        """Ask one server: its answer's body, or where it says to go instead and how near that may come."""
         with self._connect(url, reach, deadline) as sock:
             connection = http.client.HTTPConnection(url.host, url.port)
             connection.sock = _DeadlineSocket(sock, deadline, self._read_timeout)
@@ -156,21 +157,20 @@ class HttpFetcher:
                 self._tls = ssl.create_default_context()
         return self._tls.wrap_socket(sock, server_hostname=url.host)
 
-    def _redirected(self, url: HttpUrl, response: http.client.HTTPResponse) -> HttpUrl:
+    def _redirected(self, url: HttpUrl, response: http.client.HTTPResponse) -> tuple[HttpUrl, Reach]:
         location = response.getheader("Location")
         if not location:
             raise SampleError("media_unreadable", f"{shown(str(url))} redirects, but does not say where to.")
         try:
             # http.client reads headers as Latin-1; servers mean UTF-8.
             target = parse_url(urljoin(str(url), location.encode("latin-1").decode("utf-8", "replace")))
-            self._reach(target)
+            return target, self._reach(target)
         except SampleError as error:
             raise SampleError(error.kind, f"{shown(str(url))} redirects. {error.message}") from error
         except ValueError as error:
             raise SampleError(
                 "media_refused", f"{shown(str(url))} redirects to what is no URL: {error}."
             ) from error
-        return target
 
     def _body(self, url: HttpUrl, response: http.client.HTTPResponse) -> bytes:
         expected = response.length

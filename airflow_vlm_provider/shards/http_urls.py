@@ -74,16 +74,15 @@ def parse_url(text: str) -> HttpUrl:
 def _normalised(path: str) -> str:
     segments: list[str] = []
     for segment in path.removeprefix("/").split("/"):
-        name = unquote(segment)
-        if name == "..":
+        if segment == "..":
             if not segments:
                 raise ValueError("'..' leads above the host's root")
             segments.pop()
-        elif name != ".":
+        elif segment != ".":
             if _hides_dots(segment):
                 raise ValueError("it hides '..' or NUL behind an encoding")
             segments.append(segment)
-    if unquote(path.rpartition("/")[2]) in (".", ".."):
+    if path.rpartition("/")[2] in (".", ".."):
         segments.append("")
     return "/" + "/".join(segments)
 

@@ -97,7 +97,6 @@ def _fit(data: bytes, found: ImageFormat, max_pixels: int | None) -> tuple[str, 
     with _big if size[0] * size[1] > BIG_PIXELS else nullcontext():
         if image is None:
             image = _open(data, found)
-            _check_size(image.size)
         orientation = _orientation(image) if exif else 1
         if fit and orientation == 1:
             return MIME[found], data
@@ -166,9 +165,6 @@ def shrunk_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
 
 def _orientation(image: ImageFile) -> int:
     """Return the EXIF orientation; 1 (upright) also when only the EXIF data are damaged."""
-    if image.format == "PNG":
-        # Its EXIF data may come after the pixels.
-        image.load()
     try:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:

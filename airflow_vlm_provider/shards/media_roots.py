@@ -139,7 +139,7 @@ class MediaRoots:
         :raises SampleError: ``media_refused``: no root allows it.
         """
         for root in self._http:
-            if root.scheme == url.scheme and (root.url is None or _is_below(url, root.url)):
+            if root.scheme == url.scheme if root.url is None else _is_below(url, root.url):
                 return root.reach
         raise self._outside(shown(str(url)))
 

@@ -342,6 +342,10 @@ def test_the_end_of_an_embedded_thumbnail_is_not_the_jpegs() -> None:
     assert refusal(data[: len(data) - 40]).kind == "media_corrupt"
 
 
+def test_a_png_cut_within_a_chunk_is_named_as_that() -> None:
+    assert "cut short" in refusal(encode(photo(), "PNG")[:-20]).message
+
+
 def test_a_png_with_a_flipped_bit_is_corrupt() -> None:
     data = bytearray(encode(photo(), "PNG"))
     data[len(data) // 2] ^= 1
@@ -429,6 +433,7 @@ BOMBS = {
     "BMP": bmp_of_size(50_000, 50_000),
     "TIFF": tiff_of_size(3_000_000_000, 3_000_000_000),
     "WebP": webp_of_size(1 << 24, 1 << 24),
+    "JPEG of which Pillow would only warn": with_jpeg_size(encode(photo(), "JPEG"), 12_000, 12_000),
     "just too large": png(1, MAX_DECODED_PIXELS + 1, b"\0" * 1000),
 }
 

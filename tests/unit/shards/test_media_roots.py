@@ -95,6 +95,7 @@ def test_the_shards_own_folder_counts_only_below_a_root() -> None:
         "s3a://bucket/prefix/a.jpg",
         "../../a.jpg",
         "../../../a.jpg",
+        "../../../prefix/a.jpg",
         "x/../../../a.jpg",
         "/etc/passwd",
         "//etc/passwd",
@@ -291,6 +292,7 @@ def test_a_url_below_the_root(ref: str, place: str) -> None:
         "https://images.example.com/cats/..%5cdogs/1.jpg",
         "https://images.example.com/cats/..;/dogs/1.jpg",
         "https://images.example.com/cats/%00.jpg",
+        "https://images.example.com/../../cats/1.jpg",
         "https://images.example.com/cats/1.jpg\r\nHost: evil.org",
         "https://images.example.com/cats/1\t.jpg",
         "https://images.example.com:port/cats/1.jpg",
@@ -310,6 +312,11 @@ def test_what_is_not_below_the_http_root_is_refused(ref: str) -> None:
 def test_http_is_off_unless_a_root_allows_it() -> None:
     assert not MediaRoots([S3, LOCAL]).allow_http
     refusal("https://images.example.com/cats/1.jpg", S3, LOCAL)
+
+
+def test_an_open_root_is_one_of_its_scheme() -> None:
+    assert places("https://anywhere.example/a.jpg", "https://") == ["https://anywhere.example/a.jpg"]
+    refusal("http://anywhere.example/a.jpg", "https://")
 
 
 @pytest.mark.parametrize(
