@@ -11,7 +11,7 @@ from airflow_vlm_provider.types import MediaRef
 from tests.support.faulty_proxy import Fault, faulty_proxy
 from tests.support.images import encode, photo
 from tests.support.raw_http import answer, raw_server
-from tests.support.s3 import S3Server, start_s3
+from demo.s3_server import S3Server, start_s3
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 

@@ -27,7 +27,7 @@ from airflow_vlm_provider.shards.stores import (
     open_store,
 )
 from tests.support.faulty_proxy import Fault, FaultyProxy, faulty_proxy
-from tests.support.s3 import S3Server, start_s3
+from demo.s3_server import S3Server, start_s3
 
 pytestmark = pytest.mark.integration
 
@@ -336,7 +336,7 @@ def test_an_upload_that_fails_leaves_nothing(server: S3Server, bucket: str) -> N
 
 KILLED = """
 import sys
-from tests.support.s3 import S3Server
+from demo.s3_server import S3Server
 from airflow_vlm_provider.shards.s3 import S3Store
 server = S3Server(sys.argv[1])
 with S3Store(bucket=sys.argv[2], client_factory=server.client).create("a.jsonl") as stream:
