@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
@@ -181,21 +182,26 @@ def test_retry_after_holds_up_the_whole_engine(stub, retry_after, seconds):
     assert log[2][0] - log[1][0] >= seconds
 
 
+def _seconds_until_all_were_sent(stub: StubServer, engine: OpenAIEngine, requests: list[Request]) -> float:
+    async def use(engine: OpenAIEngine) -> float:
+        start = time.monotonic()
+        await asyncio.gather(*map(engine.ask, requests))
+        return stub.stats()["log"][-1][0] - start
+
+    return _run(engine, use)
+
+
 def test_requests_per_minute(stub):
-    answers = _ask_all(_engine(stub, requests_per_minute=120), [_request(index) for index in range(5)])
-    assert all(isinstance(answer, Answer) for answer in answers)
-    times = [at for at, _, _ in stub.stats()["log"]]
     # Two may go out at once, and another one each half second.
-    assert times[-1] - times[0] >= 1.4
+    engine = _engine(stub, requests_per_minute=120)
+    assert _seconds_until_all_were_sent(stub, engine, [_request(index) for index in range(7)]) >= 2.4
 
 
 def test_tokens_per_minute(stub):
     # 258 tokens of prompt and the reserved 1000 each: ten requests go out at once, and then one a second.
     engine = _engine(stub, tokens_per_minute=60 * 1258, concurrency=1)
-    answers = _ask_all(engine, [_request(index, sampling={"max_tokens": 1000}) for index in range(12)])
-    assert all(isinstance(answer, Answer) for answer in answers)
-    times = [at for at, _, _ in stub.stats()["log"]]
-    assert times[-1] - times[0] >= 1.9
+    requests = [_request(index, sampling={"max_tokens": 1000}) for index in range(12)]
+    assert _seconds_until_all_were_sent(stub, engine, requests) >= 1.9
 
 
 # What passes, and what does not
