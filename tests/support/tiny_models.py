@@ -58,7 +58,9 @@ def tiny_qwen(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, seed: 
             "max_position_embeddings": 2048,
             # Weights this large make the logits differ clearly: rounding must not choose between two tokens.
             "initializer_range": 0.2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+            # The old spelling, which transformers 4 and 5 both understand.
+            "rope_theta": 10000.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
