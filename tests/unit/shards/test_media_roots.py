@@ -277,6 +277,7 @@ def test_a_url_below_the_root(ref: str, place: str) -> None:
         "https://images.example.com/cats2/1.jpg",
         "https://images.example.com/cats",
         "https://images.example.com:8443/cats/1.jpg",
+        "http://images.example.com:443/cats/1.jpg",
         "https://images.example.com.evil.org/cats/1.jpg",
         "https://evil.org/images.example.com/cats/1.jpg",
         "https://images.example.com@evil.org/cats/1.jpg",
