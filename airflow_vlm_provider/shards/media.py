@@ -119,11 +119,11 @@ class MediaLoader:
                 if error.kind not in ("media_missing", "media_unreadable"):
                     raise
                 absent = error if absent is None or absent.kind == "media_missing" else absent
-        if absent is not None and len(places) == 1:
+        assert absent is not None
+        if len(places) == 1:
             raise absent
         looked = ", ".join(shown(str(place)) for place in places[:3]) + (", ..." if len(places) > 3 else "")
-        kind = absent.kind if absent is not None else "media_missing"
-        raise SampleError(kind, f"{shown(ref)} can't be read; looked for {looked}.") from absent
+        raise SampleError(absent.kind, f"{shown(ref)}: {absent.message} Looked for {looked}.") from absent
 
     def _read(self, place: StoredMedia | HttpUrl) -> bytes:
         if isinstance(place, HttpUrl):

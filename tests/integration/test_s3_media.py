@@ -8,10 +8,10 @@ import pytest
 from airflow_vlm_provider.errors import SampleError, TransientError
 from airflow_vlm_provider.shards.media import MediaLoader
 from airflow_vlm_provider.types import MediaRef
+from demo.s3_server import S3Server, start_s3
 from tests.support.faulty_proxy import Fault, faulty_proxy
 from tests.support.images import encode, photo
 from tests.support.raw_http import answer, raw_server
-from demo.s3_server import S3Server, start_s3
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
@@ -98,6 +98,15 @@ def test_an_s3_that_fails_is_not_the_samples_fault(status: str, code: str) -> No
     with raw_server(answer(ERROR.format(code=code).encode(), status=status)) as server:
         client = S3Server(server.url().rstrip("/")).client(retries={"max_attempts": 1})
         assert isinstance(failure(loader(client), "a.jpg"), TransientError)
+
+
+def test_of_several_places_the_message_names_the_one_that_denied_access() -> None:
+    denied = answer(ERROR.format(code="AccessDenied").encode(), status="403 Forbidden")
+    with raw_server(denied) as server:
+        client = S3Server(server.url().rstrip("/")).client(retries={"max_attempts": 1})
+        error = failure(loader(client, roots=["s3://data/set/", "/nowhere"]), "a.jpg")
+    assert error.kind == "media_unreadable"
+    assert "AccessDenied" in error.message
 
 
 def test_an_s3_that_is_down_is_not_the_samples_fault() -> None:
