@@ -30,7 +30,7 @@ _EXAMINED = 100_000
 
 _THOUGHT_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _THOUGHT_START = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
-_FENCE = re.compile(r"```[\w-]*")
+_WRAPPING = re.compile(r"```[\w-]*|</?(?:answer|response|output|tags?)>", re.IGNORECASE)
 _ESCAPED = re.compile(r'[^\[{]*[\[{](?:\s|\\n)*\\"')  # JSON that was written as a JSON string
 _TAG_KEY = re.compile(r"(?:(?:tag|label|keyword)s?|标签|关键词)[\s_-]*\d*$", re.IGNORECASE)
 _NAME_KEYS = frozenset({"name", "value", "text", "title", "word"})
@@ -44,7 +44,7 @@ def parse_tags(answer: str, *, cut: bool = False) -> list[str]:
     :param cut: The answer was cut at its greatest length, so that the last entry of a plain list is incomplete.
     :return: At most 10 tags in the answer's order; none when it holds none.
     """
-    text = _FENCE.sub("", _without_thoughts(answer)[:_EXAMINED])
+    text = _WRAPPING.sub("\n", _without_thoughts(answer)[:_EXAMINED])
     if _ESCAPED.match(text):
         text = text.replace("\\n", "\n").replace('\\"', '"')
     return _parse(text, cut=cut)

@@ -30,7 +30,7 @@ _LABEL = re.compile(r"([^:：]{1,80})[:：]\s*(.*)")
 _TAG_WORD = re.compile(r"\b(?:hash)?tags?\b|\blabels?\b|\bkeywords?\b|标签|关键词|关键字", re.IGNORECASE)
 _APOLOGY = re.compile(
     r"\b(?:sorry|apologi[sz]e|unfortunately|cannot|can['’ ]?t|can not|could ?n['’]t|unable to|not able to"
-    r"|do(?:es)? ?n['’]t|i['’]m|i am|as an ai|lo siento|no puedo|désolée?|je ne peux|es tut mir leid|ich kann)\b"
+    r"|i do(?:n['’]t| not)|i['’]m|i am|as an ai|lo siento|no puedo|désolée?|je ne peux|es tut mir leid|ich kann)\b"
     r"|抱歉|对不起|无法|無法|不能|申し訳|できません|죄송",
     re.IGNORECASE,
 )
@@ -63,7 +63,7 @@ def is_entry(text: str, max_words: int = MAX_WORDS) -> bool:
     """Whether this can be an entry of a list in running text."""
     if not 1 <= len(text.split()) <= max_words or not any(character.isalpha() for character in text):
         return False
-    if text.endswith(_SENTENCE_END) or any(character in "[]{}<>=" for character in text) or is_prose(text):
+    if text.endswith(_SENTENCE_END) or any(character in "[]{}<>=:：" for character in text) or is_prose(text):
         return False
     lower = text.lower().replace("’", "'")
     if _SENTENCE_START.match(lower) or _FILLER.match(lower) or _VERB.search(lower):

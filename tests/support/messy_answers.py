@@ -121,6 +121,7 @@ JSON_LIKE: list[tuple[str, str, list[str]]] = [
     ("cut in an object", '{"tags": [{"tag": "red"}, {"tag": "circle"}, {"tag": "large"}, {"tag": "wh', TAGS),
     ("cut in the first tag", '{"tags": ["re', []),
     ("cut in the key", '{"ta', []),
+    ("cut in a string of tags", '{\n"tags": "red, circle, lar', []),
     ("cut after the key", '{"tags"', []),
     # Refusals dressed as data
     ("error", '{"error": "I cannot help with that image"}', []),
@@ -176,6 +177,8 @@ PLAIN: list[tuple[str, str, list[str]]] = [
     ("lines", "red\ncircle\nlarge", TAGS),
     ("lines after preamble", "Here you go:\n\nred\ncircle\nlarge\n\nEnjoy the tags!", TAGS),
     ("quoted lines", "'red'\n'circle'\n'large'", TAGS),
+    ("answer element", "<answer>red, circle, large</answer>", TAGS),
+    ("tag elements", "<tags><tag>red</tag><tag>circle</tag><tag>large</tag></tags>", TAGS),
     ("numbers with commas", "1,000 people, crowd, concert", ["1-000-people", "crowd", "concert"]),
     # Prose
     ("empty", "", []),
@@ -202,6 +205,14 @@ PLAIN: list[tuple[str, str, list[str]]] = [
         "- The image is blurred and hard to make out\n- It might show a dog or a cat there",
         [],
     ),
+    (
+        "points of an argument, one short",
+        "- Blurred image\n- The dog might as well be a cat\n- Hard to make out what this is about",
+        [],
+    ),
+    ("fields", "Subject: circle\nMood: calm\nAuthor: unknown", []),
+    ("enumeration of things", "A dog, a cat, a ball", []),
+    ("short sentences", "Dogs are nice, birds, cats", []),
     ("issue number", "See #12 and #model for more.", []),
     ("null", "null", []),
     ("error message", "Error 500: Internal Server Error", []),

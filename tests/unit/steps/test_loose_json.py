@@ -101,6 +101,38 @@ def test_long_adversarial_texts_take_linear_time(text):
     assert sum(1 for _ in read_values(text)) > 0
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", []),
+        ("no brackets", []),
+        ("[] {}", [[], {}]),
+        ('["a"] ["b"', [["a"], ["b"]]),
+        ('{"a": ["b"} ["c"]', [{"a": ["b"]}, ["c"]]),
+        ('{"a": ["b"}} ["c"]', [{"a": ["b"]}, ["c"]]),
+        ('["a"} ["b"]', [["a"], ["b"]]),
+        ('[{"a": "b"], "c"', [[{"a": "b"}]]),
+        ('{"a": ["b", "c": "d"}', [{"a": ["b"], "c": "d"}]),
+        ('{"a" "b"}', [["a", "b"]]),
+        ('{"a": "b" "c": "d"}', [{"a": "b", "c": "d"}]),
+        ('{"a": {"b": [1, -2.5e3, true, null', [{"a": {"b": [1.0, -2500.0, True]}}]),
+        ('["a": 1, "b": 2]', [["a", 1.0, "b", 2.0]]),
+        ('["a" // "x"\n, "b"]', [["a", "b"]]),
+        ("['it's', 'a']", [["it's", "a"]]),
+    ],
+)
+def test_slips(text, values):
+    assert read(text) == [marked(value) for value in values]
+
+
+def test_repeated_keys_are_kept():
+    assert list(read_values('{"a": "b", "a": "c"}')) == [[("a", "b"), ("a", "c")]]
+
+
+def test_strings_without_quotes_are_told_apart():
+    assert read("[a b, 'c', 1]") == [{"list": [{"bare": "a b"}, "c", 1.0]}]
+
+
 def test_deep_nesting_is_cut_into_values():
     depths = []
     for value in read_values("[" * 1000 + "]" * 1000):

@@ -100,6 +100,11 @@ def test_clean_tags_survive_every_dress(tags):
         assert parse_tags(answer) == tags
 
 
+def test_what_comes_after_a_hundred_thousand_characters_is_not_read():
+    assert parse_tags(" " * 99_000 + '["red", "circle"]') == ["red", "circle"]
+    assert parse_tags(" " * 100_000 + '["red", "circle"]') == []
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "unit",

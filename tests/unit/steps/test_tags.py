@@ -122,8 +122,8 @@ def test_normalizing_tags_twice_changes_nothing(strings):
     assert len(set(tags)) == len(tags) <= MAX_TAGS
 
 
-@pytest.mark.timeout(60)
-def test_a_long_run_of_accents_takes_no_time():
-    # Normalization sorts a run of accents, which is quadratic in its length.
-    accents = "\u0316\u0301" * 250_000
-    assert normalize_tag(f"e{accents}") is None
+def test_only_the_beginning_of_an_endless_string_is_looked_at():
+    # Unicode normalization sorts a run of accents in quadratic time.
+    assert normalize_tag("red " + "\u0316\u0301" * 250) == "red"
+    assert normalize_tag("-" * 200 + "red") == "red"
+    assert normalize_tag("-" * 300 + "red") is None
