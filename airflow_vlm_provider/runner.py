@@ -21,7 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import airflow_vlm_provider
-from airflow_vlm_provider.errors import EngineError, SampleError, VLMError
+from airflow_vlm_provider.errors import SampleError, ShardError, VLMError
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters
 from airflow_vlm_provider.ledger.manifest import Counts, Manifest, fingerprint, load_manifest, save_manifest
 from airflow_vlm_provider.progress import CountingReader, Progress
@@ -225,6 +225,8 @@ class _ShardRun:
                     await self._begin(sample)
             await self.tasks.put(None)
             stream.close()
+        except ShardError as error:
+            self._fail(ShardError(f"{runner.source.uri}{self.shard.name}: {error}"))
         except Exception as error:
             self._fail(error)
 
@@ -367,7 +369,7 @@ class _ShardRun:
         self.counts.cost_usd = runner.cost(self.counts.usage)
         now = runner.source.stat(shard)
         if now.identity != self.shard.identity:
-            raise EngineError(
+            raise ShardError(
                 f"{runner.source.uri}{shard} was replaced while it was read. Nothing was committed for it; "
                 "the task's retry reads the new one."
             )

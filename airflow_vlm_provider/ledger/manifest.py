@@ -64,11 +64,13 @@ class Counts:
         self.completion_tokens += outcome.usage.completion_tokens
 
     def __add__(self, other: Counts) -> Counts:
-        mine, theirs = asdict(self), asdict(other)
-        cost = None
-        if self.cost_usd is not None or other.cost_usd is not None:
-            cost = (self.cost_usd or 0.0) + (other.cost_usd or 0.0)
-        return Counts(**{key: cost if key == "cost_usd" else mine[key] + theirs[key] for key in mine})
+        added = Counts()
+        for each in fields(Counts):
+            if each.name != "cost_usd":
+                setattr(added, each.name, getattr(self, each.name) + getattr(other, each.name))
+        known = [cost for cost in (self.cost_usd, other.cost_usd) if cost is not None]
+        added.cost_usd = sum(known) if known else None
+        return added
 
     def check(self) -> None:
         """Raise unless every row is accounted for.

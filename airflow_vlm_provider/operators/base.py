@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import Asset, BaseOperator
@@ -121,7 +122,7 @@ class ShardOperator(BaseOperator):
         self.max_error_rate = max_error_rate
         self.concurrency = concurrency
         self.overwrite = overwrite
-        self._cancel: Callable[[], None] | None = None
+        self._cancel: Callable[[], object] | None = None
         self._stopped = False
 
     @abstractmethod
@@ -160,10 +161,20 @@ class ShardOperator(BaseOperator):
         if all(isinstance(uri, str) and "{{" not in uri for uri in (self.source, self.destination)):
             check_destination(self.source, self.destination)
 
-    def render_template_fields(self, context: Context, jinja_env: jinja2.Environment | None = None) -> None:
-        """Render, and name the shards for ``map_index_template`` so that the UI shows them while the task runs."""
-        super().render_template_fields(context, jinja_env)
-        context["shard_name"] = self._label()  # type: ignore[typeddict-unknown-key]
+    def _do_render_template_fields(
+        self,
+        parent: Any,
+        template_fields: Iterable[str],
+        context: Context,
+        jinja_env: jinja2.Environment,
+        seen_oids: set[int],
+    ) -> None:
+        # Airflow calls this one, and not render_template_fields(), also on a mapped task, and renders the map index
+        # right after it: so the UI names the shards while the task runs. A template that is only a default of this
+        # class does not reach the context of a mapped task by itself.
+        super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
+        names: dict[str, Any] = {"shard_name": self._label(), "map_index_template": self.map_index_template}
+        context.update(names)  # type: ignore[typeddict-item]
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Take the shards through the step.
@@ -173,7 +184,7 @@ class ShardOperator(BaseOperator):
         """
         try:
             return asyncio.run(self._run(context))
-        except ConfigError as error:
+        except (ConfigError, PermissionError) as error:
             raise AirflowFailException(str(error)) from error
         except asyncio.CancelledError:
             if not self._stopped:
@@ -182,6 +193,8 @@ class ShardOperator(BaseOperator):
                 "The task was told to stop. Nothing more was sent; shards that were committed stay committed, and "
                 "the next run does the rest."
             ) from None
+        finally:
+            gc.unfreeze()
 
     def on_kill(self) -> None:
         """Stop sending at once. Airflow calls this from a signal handler and kills the process 5 seconds later."""
@@ -192,7 +205,7 @@ class ShardOperator(BaseOperator):
     async def _run(self, context: Context) -> dict[str, Any]:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+        self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
         try:
             runner, hook, shards = await asyncio.to_thread(self._prepare, context)
             done = await asyncio.to_thread(lambda: [runner.committed(shard) for shard in shards])

@@ -53,7 +53,9 @@ def make_engine(
         )
     for name, value in (("api_endpoint", api_endpoint), ("response_path", response_path)):
         if value is not None:
-            raise ConfigError(f"{name}={value!r} is for the engine openai; leave it out with engine {kind!r}.")
+            raise ConfigError(
+                f"{name}={value!r} is for the engine openai; leave it out with engine {kind!r}."
+            )
     if kind == "transformers":
         from airflow_vlm_provider.engines.transformers import TransformersEngine
 

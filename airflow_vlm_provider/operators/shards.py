@@ -73,7 +73,7 @@ class PlanShardsOperator(BaseOperator):
             )
         try:
             store, found = find_shards(self.source, s3_client=s3_client_factory(self.aws_conn_id))
-        except ConfigError as error:
+        except (ConfigError, PermissionError) as error:
             raise AirflowFailException(str(error)) from error
         pattern = self.pattern
         chosen = [shard for shard in found if pattern is None or fnmatch.fnmatchcase(shard.name, pattern)]

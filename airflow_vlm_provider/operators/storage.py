@@ -54,7 +54,10 @@ def find_shards(
     if names is None:
         names = None if name is None else [name]
     if names is None:
-        found = [each for each in store.list() if is_shard(each.name)]
+        try:
+            found = [each for each in store.list() if is_shard(each.name)]
+        except FileNotFoundError as error:
+            raise ConfigError(f"source={source!r} can't be listed: {error}") from error
         if not found:
             raise ConfigError(
                 f"source={source!r} holds no shards: there is no file of a supported format (.jsonl, .jsonl.gz, "
