@@ -110,18 +110,23 @@ class ShardRunner:
     async def run_all(self, shards: Sequence[ObjectInfo]) -> list[Manifest]:
         """Take shards through the step, each committed by itself, and return their manifests in order.
 
+        :raises ShardError: some shards can't be read; all others are committed.
         :raises EngineError: the engine is gone; shards that were committed before stay committed.
         :raises ConfigError: key, model or a parameter is wrong.
-        :raises VLMError: a shard can't be read or written.
         """
         self.progress = Progress(shards=len(shards), total_bytes=sum(shard.size for shard in shards))
         reading, opened = asyncio.Semaphore(1), asyncio.Semaphore(OPEN_SHARDS)
         threads = ThreadPoolExecutor(self._thread_count(), thread_name_prefix="vlm-io")
-        tasks: list[asyncio.Task[Manifest]] = []
+        tasks: list[asyncio.Task[Manifest | None]] = []
+        unreadable: list[str] = []
 
-        async def run_one(shard: ObjectInfo) -> Manifest:
+        async def run_one(shard: ObjectInfo) -> Manifest | None:
             try:
                 return await _ShardRun(self, shard, threads, active, loaded).run(when_read=reading.release)
+            except ShardError as error:
+                log.error("%s", error)
+                unreadable.append(str(error))
+                return None
             finally:
                 opened.release()
 
@@ -133,7 +138,13 @@ class ShardRunner:
                 if any(task.done() and task.exception() for task in tasks):
                     break
                 tasks.append(asyncio.create_task(run_one(shard), name=shard.name))
-            return list(await asyncio.gather(*tasks))
+            manifests = [manifest for manifest in await asyncio.gather(*tasks) if manifest is not None]
+            if unreadable:
+                raise ShardError(
+                    f"{len(unreadable)} of {len(shards)} shards could not be done; the others are committed. "
+                    + " ".join(unreadable[:5])
+                )
+            return manifests
         finally:
             for task in tasks:
                 task.cancel()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import random
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from airflow_vlm_provider import runner as runner_module
-from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, VLMError
+from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, ShardError
 from airflow_vlm_provider.ledger.manifest import Counts, UnaccountedError
 from airflow_vlm_provider.runner import ShardRunner
 from airflow_vlm_provider.shards.stores import ObjectInfo, open_store
@@ -275,9 +276,20 @@ def test_a_shard_replaced_while_it_is_read_is_not_committed(place):
             place.shard("a.jsonl", [{"text": "another"}])
             await task
 
-    with pytest.raises(VLMError, match="replaced while"):
+    with pytest.raises(ShardError, match="replaced while"):
         asyncio.run(go())
     assert place.files() == set()
+
+
+def test_a_shard_that_cannot_be_read_fails_alone_and_is_named(place):
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(5000)), mtime=0)
+    (place.source_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    good = [place.shard(f"{name}.jsonl", [{"text": "x"}] * 10) for name in "ac"]
+    shards = [good[0], place.source.stat("b.jsonl.gz"), good[1]]
+    with pytest.raises(ShardError, match=r"1 of 3 shards .*/in/b\.jsonl\.gz"):
+        place.run(ScriptedEngine(), *shards)
+    assert {"a.jsonl", "c.jsonl"} <= place.files()
+    assert not [name for name in place.files() if "b.jsonl.gz" in name]
 
 
 def test_an_empty_shard_is_committed_empty(place):
