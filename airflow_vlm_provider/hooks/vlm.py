@@ -168,6 +168,7 @@ class VLMHook(BaseHook):
         connection = self.get_connection(self.vlm_conn_id)
         api_key = (connection.password or "").strip() or None
         if api_key:
+            # Airflow has masked the password, but not without the line end that a pasted one often has.
             mask_secret(api_key)
         settings, headers = parse_settings(
             self.vlm_conn_id,

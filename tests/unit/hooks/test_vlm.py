@@ -136,8 +136,8 @@ def test_key_and_headers_are_masked_once_the_hook_has_seen_them(make_hook):
 
 
 @pytest.mark.usefixtures("_fresh_masker")
-def test_the_key_is_masked_even_when_the_rest_is_wrong(make_hook):
-    hook = make_hook(password=KEY, extra={"engine": "gpt"})
+def test_the_key_is_masked_even_when_pasted_with_a_line_end_and_the_rest_is_wrong(make_hook):
+    hook = make_hook(password=f"{KEY}\n", extra={"engine": "gpt"})
 
     with pytest.raises(ConfigError):
         _ = hook.settings
