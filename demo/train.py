@@ -1,7 +1,8 @@
 """Make the demo model: a Qwen2.5-VL of about 1.9 million parameters, taught on drawn pictures.
 
 ``python demo/train.py --out demo/model`` draws its own pictures, trains on the CPU and writes a model folder that
-transformers and vLLM load like any other. Seeds are fixed; figures and times are in ``demo/model/README.md``.
+transformers and vLLM load like any other. Seeds are fixed. It takes
+half an hour on two busy cores of an AMD EPYC; figures are in ``demo/model/README.md``.
 
 First the vision tower alone learns to tell colours, shapes, sizes and backgrounds, through linear heads that are
 thrown away afterwards: without that, the whole model rests for a long time where it guesses the shape. Then the
