@@ -182,6 +182,9 @@ class ShardOperator(BaseOperator):
         :raises AirflowFailException: something only the author can mend; retries would not help.
         :raises AirflowException: too many rows failed, or the engine or a store is gone; a retry may help.
         """
+        # Airflow has imported hundreds of thousands of objects, and a full garbage collection walks them all: a
+        # tenth of a second, every few hundred requests, in which no answer is read. What is frozen is left out.
+        gc.freeze()
         try:
             return asyncio.run(self._run(context))
         except (ConfigError, PermissionError) as error:
