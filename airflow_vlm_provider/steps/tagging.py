@@ -48,7 +48,8 @@ class TaggingStep:
     Every distinct image of a sample is one request, and all are yielded at once. An answer without tags (not to be
     parsed, declined, cut too early) is asked for again with another seed and, where the temperature is 0, with
     temperature 0.7; so is an answer with fewer than 5 tags. When ``try_num`` is used up, an image keeps the fullest
-    answer that it got, be it short of 5 tags; an image without any tag fails the whole sample.
+    answer that it got, be it short of 5 tags; so it does when asking again fails. An image without any tag fails
+    the whole sample.
 
     The tags stand in ``row[meta_key][tag_field_name]``, one list for each image in the order of ``row[image_key]``,
     repeated images included. A sample without images gets ``[[]]``; one that has tags already is skipped. (A null
@@ -185,7 +186,12 @@ class TaggingStep:
         choices: dict[str, Choice] = {}
         unsettled = references
         for attempt in range(self.try_num):
-            answers = yield [self._request(reference, message, attempt) for reference in unsettled]
+            try:
+                answers = yield [self._request(reference, message, attempt) for reference in unsettled]
+            except SampleError:
+                if all(tags.values()):
+                    break
+                raise
             for reference, answer in zip(unsettled, answers, strict=True):
                 choice = choices[reference] = answer.choices[0] if answer.choices else Choice("", "other")
                 if len(found := _tags_in(choice)) > len(tags[reference]):

@@ -6,7 +6,7 @@ import json
 import pytest
 from jsonschema import Draft202012Validator
 
-from airflow_vlm_provider.errors import ConfigError, SampleError
+from airflow_vlm_provider.errors import ConfigError, SampleError, TransientError
 from airflow_vlm_provider.steps.prompts import TAGGING_INPUT, TAGGING_SYSTEM
 from airflow_vlm_provider.steps.tagging import DEFAULT_SAMPLING, TAGS_SCHEMA, TaggingStep
 from airflow_vlm_provider.types import Answer, Choice, MediaRef, Request, Sample, Usage
@@ -260,6 +260,25 @@ def test_of_answers_with_too_few_tags_the_fullest_is_kept():
 def test_fewer_tags_are_better_than_a_failed_sample():
     _, result = drive(TaggingStep(try_num=2), {"images": ["a"]}, [says(["red"])], [NOTHING])
     assert tags_of(result) == [["red"]]
+
+
+def test_fewer_tags_are_kept_when_asking_again_fails():
+    run = TaggingStep().process(sample({"images": ["a", "b"]}))
+    next(run)
+    run.send([says(["red"]), says(FIVE)])
+    with pytest.raises(StopIteration) as end:
+        run.throw(TransientError("The endpoint is gone.", attempts=5))
+    assert tags_of(end.value.value) == [["red"], FIVE]
+
+
+def test_a_failed_request_fails_the_sample_when_there_are_no_tags_to_keep():
+    run = TaggingStep().process(sample({"images": ["a", "b"]}))
+    next(run)
+    run.send([NOTHING, says(["red"])])
+    error = SampleError("rejected", "Too long.", media="a")
+    with pytest.raises(SampleError) as raised:
+        run.throw(error)
+    assert raised.value is error
 
 
 def test_repeated_tags_count_once():
