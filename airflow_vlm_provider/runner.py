@@ -153,7 +153,7 @@ class ShardRunner:
 
     def _thread_count(self) -> int:
         # Local files cost processor time, remote ones waiting time.
-        if self.source.uri.startswith("file:"):
+        if self.source.uri.startswith("file:") and not self.media.remote:
             return min(8, (os.cpu_count() or 1) + 2)
         return min(64, self._requests)
 

@@ -67,7 +67,7 @@ class MediaLoader:
             raise ConfigError(
                 f"max_pixels={max_pixels} must be at least 1, or None to keep images as they are."
             )
-        self._folder = source_uri.rstrip("/") + "/"
+        self._source = source_uri.rstrip("/") + "/"
         self._max_pixels = max_pixels
         self._max_bytes = max_bytes
         self._roots = MediaRoots([source_uri] if roots is None else roots)
@@ -79,6 +79,11 @@ class MediaLoader:
             from airflow_vlm_provider.shards.http_media import HttpFetcher
 
             self._fetch = HttpFetcher(reach=self._roots.reach, max_bytes=max_bytes).fetch
+
+    @property
+    def remote(self) -> bool:
+        """Whether loading may wait for a network."""
+        return self._roots.allow_http or any(uri.startswith("s3:") for uri in self._stores)
 
     def parameters(self) -> Mapping[str, Any]:
         """Everything that decides what becomes of an image, as JSON values: part of the fingerprint."""
@@ -101,8 +106,8 @@ class MediaLoader:
                 raise SampleError(
                     "media_unsupported", f"{shown(ref.ref)} is a {ref.kind}; only images can be loaded."
                 )
-            folder = self._folder + shard.rpartition("/")[0] + "/" if "/" in shard else self._folder
-            data = self._read_first(self._roots.places(ref.ref, folder=folder), ref.ref)
+            folder = shard.rpartition("/")[0]
+            data = self._read_first(self._roots.places(ref.ref, source=self._source, folder=folder), ref.ref)
             mime, data = fit_image(data, max_pixels=self._max_pixels)
         except SampleError as error:
             error.media = _reported(ref.ref)

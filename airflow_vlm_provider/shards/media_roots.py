@@ -100,21 +100,26 @@ class MediaRoots:
     def allow_http(self) -> bool:
         return bool(self._http)
 
-    def places(self, ref: str, *, folder: str) -> list[StoredMedia | HttpUrl]:
+    def places(self, ref: str, *, source: str, folder: str = "") -> list[StoredMedia | HttpUrl]:
         """
         Say where a reference may be found, in the order in which to look.
 
-        A relative reference is looked for beside the shard, then below each root.
+        A relative reference is looked for beside the shard, then in the folder of the same name below each root (a
+        shard that one step wrote elsewhere keeps its name, and its images stay where they were), then below each
+        root itself.
 
         :param ref: The reference as it stands in the row.
-        :param folder: URI of the shard's folder, with a trailing slash.
+        :param source: URI of where the shards are, with a trailing slash.
+        :param folder: The shard's folder below the source, without slashes at its ends; empty for the source itself.
         :raises SampleError: ``media_refused``: it is malformed or leads out of every root.
         """
         _check(ref)
         scheme = _SCHEME.match(ref)
         if scheme is None:
             found = (
-                self._relative(ref, folder) if not ref.startswith("/") else [self._stored("file", "", ref)]
+                self._relative(ref, source, folder)
+                if not ref.startswith("/")
+                else [self._stored("file", "", ref)]
             )
         elif scheme[1].lower() in ("http", "https") and scheme[2]:
             url = parse_url(ref)
@@ -151,11 +156,17 @@ class MediaRoots:
         target = self._stored("file", "", real)
         return None if target is None or target == place else target
 
-    def _relative(self, ref: str, folder: str) -> list[StoredMedia | HttpUrl | None]:
+    def _relative(self, ref: str, source: str, folder: str) -> list[StoredMedia | HttpUrl | None]:
         places: dict[StoredMedia | HttpUrl, None] = {}
-        for uri in (folder, *self.store_uris):
+        below = f"{folder}/{ref}" if folder else ref
+        looks = [
+            (source, below),
+            *((uri, below) for uri in self.store_uris),
+            *((uri, ref) for uri in self.store_uris),
+        ]
+        for uri, name in looks:
             scheme, bucket, path = split_uri(uri)
-            place = self._stored(scheme, bucket, f"{path.removesuffix('/')}/{ref}" if path else ref)
+            place = self._stored(scheme, bucket, f"{path.removesuffix('/')}/{name}" if path else name)
             if place is not None:
                 places[place] = None
         for base in (root.url for root in self._http if root.url is not None):

@@ -26,6 +26,8 @@ class FakeMedia:
     def parameters(self) -> Mapping[str, Any]:
         return {"max_pixels": None}
 
+    remote = False
+
     def load(self, ref: MediaRef, *, shard: str) -> Media:
         if ref.ref.startswith("missing"):
             raise SampleError("media_missing", f"there is no {ref.ref}", media=ref.ref)

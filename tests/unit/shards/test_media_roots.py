@@ -17,12 +17,12 @@ LOCAL_SHARD = "file:///data/pics/shards/"
 
 
 def places(ref: str, *roots: str, folder: str = S3_SHARD) -> list[str]:
-    return [str(place) for place in MediaRoots(roots or (S3,)).places(ref, folder=folder)]
+    return [str(place) for place in MediaRoots(roots or (S3,)).places(ref, source=folder)]
 
 
 def refusal(ref: str, *roots: str, folder: str = S3_SHARD) -> SampleError:
     with pytest.raises(SampleError) as caught:
-        MediaRoots(roots or (S3,)).places(ref, folder=folder)
+        MediaRoots(roots or (S3,)).places(ref, source=folder)
     assert caught.value.kind == "media_refused"
     return caught.value
 
@@ -194,7 +194,7 @@ def test_a_root_may_be_spelled_through_a_symbolic_link_or_not(tmp_path: Path) ->
 def test_no_path_leads_out_of_its_root(parts: list[str], start: str) -> None:
     for roots, folder in (((S3,), S3_SHARD), ((LOCAL,), LOCAL_SHARD), ((S3, LOCAL), S3_SHARD)):
         try:
-            found = MediaRoots(roots).places(start + "/".join(parts), folder=folder)
+            found = MediaRoots(roots).places(start + "/".join(parts), source=folder)
         except SampleError:
             continue
         for place in found:
@@ -374,3 +374,19 @@ def test_a_root_that_can_not_be_is_a_config_error(root: str) -> None:
     with pytest.raises(ConfigError) as caught:
         MediaRoots([root])
     assert "hush" not in str(caught.value)
+
+
+def test_a_shard_that_was_written_elsewhere_finds_its_images_where_they_were() -> None:
+    roots = MediaRoots(["s3://raw/", "s3://raw2/pics/"])
+    found = [str(place) for place in roots.places("i/a.jpg", source="s3://tagged/", folder="day1/eu")]
+    assert found == [
+        "s3://raw/day1/eu/i/a.jpg",
+        "s3://raw2/pics/day1/eu/i/a.jpg",
+        "s3://raw/i/a.jpg",
+        "s3://raw2/pics/i/a.jpg",
+    ]
+    with pytest.raises(SampleError) as caught:
+        MediaRoots(["s3://raw2/pics/"]).places(
+            "../../../../secret.jpg", source="s3://tagged/", folder="day1/eu"
+        )
+    assert caught.value.kind == "media_refused"
