@@ -37,12 +37,14 @@ def environment(name: str, alternatives: Sequence[Sequence[str]]) -> Path:
         return python
     uv = Path(sys.executable).with_name("uv")
     said = ""
-    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, folder], check=True)
+    subprocess.run(
+        [str(uv), "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True
+    )
     for wanted in alternatives:
-        command = [uv, "pip", "install", "--quiet", "--python", python, *find_links(), *wanted]
+        command = [str(uv), "pip", "install", "--quiet", "--python", str(python), *find_links(), *wanted]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             complete.touch()
             return python
         said = done.stderr.strip()
-    raise NotInstalledError(said.splitlines()[0] if said else "uv gave no reason")
+    raise NotInstalledError(" ".join(said.split())[:300] or "uv gave no reason")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,17 +85,20 @@ def run(
     :param latency: Seconds that the endpoint takes for an answer.
     :raises ClientError: It did not.
     """
-    scratch = BENCH / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    (scratch / "out").mkdir(parents=True)
-    result, log = scratch / "result.json", BENCH / "logs" / f"{log_name}.log"
+    log = BENCH / "logs" / f"{log_name}.log"
     log.parent.mkdir(exist_ok=True)
     environ = {**os.environ, "AIRFLOW_HOME": str(BENCH / "airflow"), "PYTHONPATH": str(ROOT)}
-    with start_stub(latency=latency, capacity=CAPACITY) as stub, log.open("w") as output:
+    with (
+        tempfile.TemporaryDirectory(dir=BENCH, prefix="scratch-") as folder,
+        start_stub(latency=latency, capacity=CAPACITY) as stub,
+        log.open("w") as output,
+    ):
+        out, result = Path(folder, "out"), Path(folder, "result.json")
+        out.mkdir()
         options: Mapping[str, object] = {
             "base-url": stub.base_url,
             "data": data,
-            "out": scratch / "out",
+            "out": out,
             "result": result,
             "images": images,
             "in-flight": CAPACITY,
@@ -104,7 +107,7 @@ def run(
         command += [f"--{name}={value}" for name, value in options.items()]
         busy, start = busy_seconds(), time.perf_counter()
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environ, cwd=scratch, start_new_session=True
+            command, stdout=output, stderr=output, env=environ, cwd=folder, start_new_session=True
         )
         try:
             used = wait(process)
@@ -115,9 +118,9 @@ def run(
         stub_cpu = sum(psutil.Process(stub.pid).cpu_times()[:2])
         busy = busy_seconds() - busy
         stats = stub.stats()
-    if process.returncode or not result.exists():
-        raise ClientError(f"exit status {process.returncode}, see {log.relative_to(ROOT)}")
-    figures = json.loads(result.read_text())
+        if process.returncode or not result.exists():
+            raise ClientError(f"exit status {process.returncode}, see {log.relative_to(ROOT)}")
+        figures = json.loads(result.read_text())
     answered = len(stats["by_image"])
     if figures["tagged"] != images or answered != images:
         raise ClientError(f"{figures['tagged']} rows tagged and {answered} pictures asked of {images}")

@@ -66,7 +66,7 @@ def table(rows: Mapping[str, Row]) -> str:
     bare = rows["bare"].median("rate") if "bare" in rows and rows["bare"].runs else None
     for row in rows.values():
         if not row.runs:
-            lines.append(f"| {row.client.label} | not run: {row.failure} |||||||||")
+            lines.append(f"| {row.client.label} | not run: {row.failure} {'| ' * 10}".rstrip())
             continue
         rate = row.median("rate")
         rates = [run.rate for run in row.runs]
