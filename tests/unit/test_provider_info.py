@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ def test_the_form_has_exactly_the_fields_that_the_hook_reads(connection_type):
     assert sorted(connection_type["conn-fields"]) == sorted(FIELDS)
     assert tuple(sorted(connection_type["conn-fields"]["engine"]["schema"]["enum"])) == tuple(sorted(ENGINES))
     assert f"empty for {DEFAULT_TIMEOUT:g}" in connection_type["conn-fields"]["timeout"]["description"]
+
+
+def test_every_field_has_a_label_and_an_explanation(connection_type):
+    for name, field in connection_type["conn-fields"].items():
+        assert field["label"][0].isupper(), name
+        assert field["description"].endswith("."), name
 
 
 def test_a_form_saved_empty_or_with_its_least_values_is_accepted_by_the_hook(connection_type):
