@@ -100,7 +100,9 @@ class ShardOperator(BaseOperator):
         overwrite: bool = False,
         **kwargs: Any,
     ) -> None:
-        kwargs.setdefault("map_index_template", "{{ shard_name }}")
+        # Not setdefault(): a mapped operator is made with an explicit None.
+        if kwargs.get("map_index_template") is None:
+            kwargs["map_index_template"] = "{{ shard_name }}"
         super().__init__(**kwargs)
         self.source = source
         self.shards = shards

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-START_TIMEOUT = 400.0
+START_TIMEOUT = 900.0
 
 
 def require_vllm() -> None:

@@ -89,7 +89,9 @@ def test_a_users_own_dag_tags_a_bucket_through_an_unreliable_endpoint(deployment
         if each["task_id"] == "tag"
     ]
     assert len(tasks) == 3
-    assert all(each["rendered_map_index"].startswith("part-") for each in tasks)
+    labels = sorted(each["rendered_map_index"] for each in tasks)
+    plan = deployment.airflow.xcom("users_own", run_id, "plan")
+    assert labels == sorted(f"{names[0]} and {len(names) - 1} more".removesuffix(" and 0 more") for names in plan)
     events = deployment.airflow.api("GET", "assets/events", params={"source_dag_id": "users_own"})
     extras = [each["extra"] for each in events["asset_events"] if each["source_run_id"] == run_id]
     assert sorted(each["rows_in"] for each in extras) == sorted(each["rows_in"] for each in results)
@@ -218,6 +220,11 @@ def test_a_backfill_over_three_days_tags_each_days_own_images(deployment):
             for row in deployment.rows("datasets", f"images-tagged/{day}/{shard}"):
                 picture = deployment.pictures[f"datasets/images/{day}/{row['images'][0]}"]
                 assert tags(row)[0][0] == tag_of(picture)
+    def no_backfill_runs() -> bool:
+        listed = airflow.api("GET", "backfills", params={"dag_id": "nightly_image_tagging"})["backfills"]
+        return all(each["completed_at"] for each in listed)
+
+    deployment.wait_for(no_backfill_runs, "the backfill to be closed")
     # Once more over the same days: every shard is done, so nothing is asked.
     requests = deployment.stub.stats()["requests"]
     airflow.cli(*create, "--to-date", days[-1], "--reprocess-behavior", "completed")

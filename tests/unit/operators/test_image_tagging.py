@@ -147,6 +147,7 @@ def test_the_label_of_a_mapped_task_names_its_shards():
     assert task.map_index_template == "{{ shard_name }}"
     task.render_template_fields(context)
     assert context["shard_name"] == "a.jsonl and 2 more"
+    assert operator(map_index_template=None).map_index_template == "{{ shard_name }}"
     for shards, label in (("a.jsonl", "a.jsonl"), (["a.jsonl"], "a.jsonl"), (None, "in")):
         operator(shards=shards).render_template_fields(context)
         assert context["shard_name"] == label
