@@ -42,6 +42,9 @@ with DAG(
         "day": Param(
             None, type=["null", "string"], description="Folder to tag; empty takes the run's logical date"
         ),
+        "max_tasks": Param(
+            200, type="integer", minimum=1, description="Most tasks to spread the shards over"
+        ),
         "max_error_rate": Param(
             0.1, type="number", minimum=0, maximum=1, description="Share of rows that may fail"
         ),
@@ -52,7 +55,7 @@ with DAG(
     source = "{{ params.source }}/{{ params.day or ds }}/"
     destination = "{{ params.destination }}/{{ params.day or ds }}/"
 
-    plan = PlanShardsOperator(task_id="plan", source=source, max_tasks=200)
+    plan = PlanShardsOperator(task_id="plan", source=source, max_tasks="{{ params.max_tasks }}")
 
     tag = ImageTaggingVLMOperator.partial(
         task_id="tag",
@@ -68,18 +71,21 @@ with DAG(
     @task(trigger_rule="all_done")
     def summary(manifests: list[dict], params: dict | None = None, ti=None) -> dict:
         """Add the groups up, and fail when too much failed."""
-        total: dict = {}
-        for manifest in manifests:
-            for name in ("shards", "shards_unchanged", "rows_in", "rows_out", "ok", "cached", "skipped", "failed",
-                         "requests", "prompt_tokens", "completion_tokens", "cost_usd"):  # fmt: skip
-                total[name] = total.get(name, 0) + (manifest.get(name) or 0)
+        counts = ("shards", "shards_unchanged", "rows_in", "rows_out", "ok", "cached", "skipped", "failed")
+        costs = ("requests", "prompt_tokens", "completion_tokens", "cost_usd")
+        # A cost that nobody knows (the connection names no prices) is left out.
+        total = {
+            name: sum(manifest[name] for manifest in manifests)
+            for name in counts + costs
+            if all(manifest[name] is not None for manifest in manifests)
+        }
         planned = len(ti.xcom_pull(task_ids="plan") or [])
         print(f"{len(manifests)} of {planned} groups: {total}")
         if len(manifests) < planned:
             raise AirflowFailException(
                 f"Only {len(manifests)} of {planned} groups finished; look at the failed 'tag' tasks and clear them."
             )
-        if total.get("failed", 0) > params["max_error_rate"] * total.get("rows_in", 0):
+        if total["failed"] > params["max_error_rate"] * total["rows_in"]:
             raise AirflowFailException(
                 f"{total['failed']} of {total['rows_in']} rows failed, more than max_error_rate="
                 f"{params['max_error_rate']} allows; the reasons are in the errors.jsonl files below _vlm/."

@@ -96,7 +96,8 @@ def fill_bucket(s3: S3Server) -> dict[str, Drawing]:
 
 def run_dag(airflow: AirflowInstance, timeout: float = 600) -> tuple[str, str]:
     """Run the DAG and tell how its tasks get on."""
-    conf = {"source": SOURCE, "destination": DESTINATION, "day": DAY}
+    # Each task loads the model into its own process, so a small machine is better off with few of them.
+    conf = {"source": SOURCE, "destination": DESTINATION, "day": DAY, "max_tasks": 2}
     run_id = airflow.trigger_dag(DAG_ID, conf)
     print(f"Running {DAG_ID}", flush=True)
     begun, told = time.monotonic(), ""

@@ -169,7 +169,7 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
             full = bool(batch) and sum(ticket.weight for ticket in batch) + batch[0].weight > self.size
             idle = self._running is None or self._running.done()
             # More could still join: wait for a sign of it, or, with nothing to do, for a moment.
-            if full or (batch and idle and not self._loading and linger is not None):
+            if full or (batch and linger is not None):
                 for ticket in batch:
                     self._waiting.remove(ticket)
                 return batch

@@ -37,18 +37,19 @@ class PlanShardsOperator(BaseOperator):
         Objects with a part of their name beginning with ``_`` or ``.`` are no data and left out.
     :param pattern: Only shards whose name relative to the source matches (as :mod:`fnmatch` does: ``*`` matches
         ``/`` too); None takes all of a supported format (templated).
-    :param max_tasks: Most groups to make; at most Airflow's ``[core] max_map_length`` (1024 unless configured).
+    :param max_tasks: Most groups to make; at most Airflow's ``[core] max_map_length``, which is 1024 unless
+        configured (templated).
     :param aws_conn_id: Connection for S3; None uses boto3's own search for credentials.
     """
 
-    template_fields: Sequence[str] = ("source", "pattern", "aws_conn_id")
+    template_fields: Sequence[str] = ("source", "pattern", "max_tasks", "aws_conn_id")
 
     def __init__(
         self,
         *,
         source: str,
         pattern: str | None = None,
-        max_tasks: int = 1000,
+        max_tasks: int | str = 1000,
         aws_conn_id: str | None = "aws_default",
         **kwargs: Any,
     ) -> None:
@@ -57,21 +58,21 @@ class PlanShardsOperator(BaseOperator):
         self.pattern = pattern
         self.max_tasks = max_tasks
         self.aws_conn_id = aws_conn_id
-        if not isinstance(max_tasks, int) or max_tasks < 1:
-            raise ConfigError(f"max_tasks={max_tasks!r} must be a whole number of at least 1.")
+        if not (isinstance(max_tasks, str) and "{{" in max_tasks):
+            _whole(max_tasks)
 
     def execute(self, context: Context) -> list[list[str]]:  # noqa: ARG002
         """List and deal out.
 
         :raises AirflowFailException: there are no shards, or more groups were asked for than can be mapped.
         """
-        limit = conf.getint("core", "max_map_length", fallback=1024)
-        if self.max_tasks > limit:
-            raise AirflowFailException(
-                f"max_tasks={self.max_tasks} is more than Airflow maps over at most ({limit}). Lower max_tasks, or "
-                "raise [core] max_map_length."
-            )
         try:
+            max_tasks, limit = _whole(self.max_tasks), conf.getint("core", "max_map_length", fallback=1024)
+            if max_tasks > limit:
+                raise ConfigError(
+                    f"max_tasks={max_tasks} is more than Airflow maps over at most ({limit}). Lower max_tasks, or "
+                    "raise [core] max_map_length."
+                )
             store, found = find_shards(self.source, s3_client=s3_client_factory(self.aws_conn_id))
         except (ConfigError, PermissionError) as error:
             raise AirflowFailException(str(error)) from error
@@ -82,9 +83,16 @@ class PlanShardsOperator(BaseOperator):
                 f"None of the {len(found)} shards below {self.source!r} match pattern={pattern!r}. Names are relative "
                 "to the source; correct pattern, or leave it out to take all of them."
             )
-        groups = deal(chosen, self.max_tasks)
+        groups = deal(chosen, max_tasks)
         self.log.info("%d shards below %s in %d groups", len(chosen), store.uri, len(groups))
         return groups
+
+
+def _whole(max_tasks: int | str) -> int:
+    text = str(max_tasks)
+    if isinstance(max_tasks, bool) or not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"max_tasks={max_tasks!r} must be a whole number of at least 1.")
+    return int(text)
 
 
 def deal(shards: Iterable[ObjectInfo], max_tasks: int) -> list[list[str]]:

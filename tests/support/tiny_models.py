@@ -105,13 +105,9 @@ def changed_copy(checkpoint: Path, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def _processor(chat_template: str | None) -> Any:
-    from transformers import (
-        Qwen2_5_VLProcessor,
-        Qwen2TokenizerFast,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+def tiny_tokenizer() -> Any:
+    """A tokenizer of single bytes and a few words, with the special tokens of Qwen2.5-VL."""
+    from transformers import Qwen2TokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,7 +122,7 @@ def _processor(chat_template: str | None) -> Any:
     )
     bpe.train_from_iterator(corpus * 4, trainer)
     bpe.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer = Qwen2TokenizerFast(
+    return Qwen2TokenizerFast(
         tokenizer_object=bpe,
         unk_token=None,
         bos_token=None,
@@ -135,10 +131,15 @@ def _processor(chat_template: str | None) -> Any:
         # As in the published checkpoints: batches have to be padded on the left all the same.
         padding_side="right",
     )
+
+
+def _processor(chat_template: str | None) -> Any:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels),
-        tokenizer=tokenizer,
+        tokenizer=tiny_tokenizer(),
         video_processor=Qwen2VLVideoProcessor(size=pixels),
         chat_template=chat_template,
     )

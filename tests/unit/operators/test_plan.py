@@ -54,5 +54,14 @@ def test_a_plan_of_nothing_says_what_to_look_at(tmp_path):
 def test_more_groups_than_airflow_maps_over_are_refused(tmp_path):
     with pytest.raises(AirflowFailException, match="max_map_length"):
         PlanShardsOperator(task_id="plan", source=str(tmp_path), max_tasks=2000).execute({})
-    with pytest.raises(ConfigError, match="max_tasks=0"):
-        PlanShardsOperator(task_id="plan", source=str(tmp_path), max_tasks=0)
+    for wrong in (0, True, 1.5, "many", None):
+        with pytest.raises(ConfigError, match=f"max_tasks={wrong!r}"):
+            PlanShardsOperator(task_id="plan", source=str(tmp_path), max_tasks=wrong)
+
+
+def test_the_number_of_groups_may_be_templated(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_bytes(b"")
+    plan = PlanShardsOperator(task_id="plan", source=str(tmp_path), max_tasks="{{ params.most }}")
+    plan.render_template_fields({"params": {"most": 2}})
+    assert len(plan.execute({})) == 2
