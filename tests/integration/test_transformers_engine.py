@@ -20,12 +20,14 @@ from PIL import Image
 
 from airflow_vlm_provider.engines.transformers import TransformersEngine
 from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError
+from airflow_vlm_provider.steps import prompts
 from airflow_vlm_provider.types import Answer, Media, MediaRef, Request
-from demo.drawings import draw
+from demo.drawings import Drawing, draw
 from tests.support.tiny_models import changed_copy, tiny_qwen
 
 pytestmark = pytest.mark.integration
 
+DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 TAGS_SCHEMA = {
     "type": "object",
     "properties": {
@@ -63,6 +65,14 @@ SCHEMAS = {
         "required": ["kind", "people", "outdoors", "place"],
         "additionalProperties": False,
     },
+}
+WORDS_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 30}, "minItems": 5, "maxItems": 10}
+    },
+    "required": ["tags"],
+    "additionalProperties": False,
 }
 # No model can end before so many numbers are written.
 ENDLESS_SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 1900}
@@ -197,6 +207,25 @@ def test_usage_counts_prompts_without_padding_and_every_generated_token(tiny):
 def test_an_answer_names_the_model_as_it_was_given(tiny):
     (answer,) = answers_of(tiny, [request()])
     assert answer.model == tiny
+
+
+def test_the_demo_model_tags_and_captions_what_it_sees():
+    drawings = [draw(random.Random(1000 + number)) for number in range(12)]
+
+    def ask(drawing: Drawing, system: str, text: str, schema: Any = None) -> Request:
+        media = Media(kind="image", mime="image/png", data=drawing.encode(), ref="drawing.png")
+        return Request(system=system, parts=(media, text), schema=schema, sampling={"max_tokens": 64})
+
+    requests = [
+        *(ask(drawing, prompts.TAGGING_SYSTEM, prompts.TAGGING_INPUT) for drawing in drawings),
+        *(ask(drawing, prompts.TAGGING_SYSTEM, prompts.TAGGING_INPUT, WORDS_SCHEMA) for drawing in drawings),
+        *(ask(drawing, prompts.CAPTIONING_SYSTEM, prompts.CAPTIONING_INPUT) for drawing in drawings),
+    ]
+    said = [texts(answer)[0] for answer in answers_of(str(DEMO_MODEL), requests, dtype="auto")]
+    tags = [json.loads(text)["tags"] for text in said[:24]]
+    assert tags[:12] == [drawing.tags for drawing in drawings]
+    assert tags[12:] == [drawing.tags for drawing in drawings]
+    assert said[24:] == [drawing.caption for drawing in drawings]
 
 
 # Sampling.

@@ -83,9 +83,10 @@ def tiny_qwen(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, seed: 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
-    # Like the real ones', the checkpoint's own defaults ask for sampling.
+    # As with published checkpoints, the defaults ask for something else than the engine does.
     model.generation_config = GenerationConfig(
         do_sample=True,
+        num_beams=2,
         temperature=0.7,
         top_p=0.8,
         top_k=20,
@@ -116,6 +117,7 @@ def tiny_tokenizer() -> Any:
         '{"tags": ["red", "round-shape"]}',
         "What does this image show? Name its tags.",
         "system user assistant",
+        "a \t table",
     ]
     trainer = trainers.BpeTrainer(
         vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
