@@ -14,6 +14,7 @@ from airflow.sdk import Asset, BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from airflow_vlm_provider.errors import ConfigError
+from airflow_vlm_provider.operators.destination import check_destination, same_destination
 from airflow_vlm_provider.operators.engines import make_engine
 from airflow_vlm_provider.operators.storage import find_shards, s3_client_factory
 
@@ -243,7 +244,7 @@ class ShardOperator(BaseOperator):
         from airflow_vlm_provider.hooks.vlm import VLMHook
         from airflow_vlm_provider.runner import ShardRunner
         from airflow_vlm_provider.shards.media import MediaLoader
-        from airflow_vlm_provider.shards.stores import open_store
+        from airflow_vlm_provider.shards.opening import open_store
 
         check_destination(self.source, self.destination)
         s3_client = s3_client_factory(self.aws_conn_id)
@@ -346,37 +347,3 @@ def _as_cached(manifest: Manifest) -> Counts:
 
     was = manifest.counts
     return Counts(rows_in=was.rows_in, rows_out=was.rows_out, cached=was.ok + was.cached, skipped=was.skipped)
-
-
-def check_destination(source: str, destination: str) -> None:
-    """Refuse a destination that the next run would take for its source.
-
-    :raises ConfigError: it is the source, or lies inside it.
-    """
-    from airflow_vlm_provider.shards.stores import split_uri
-
-    for name, uri in (("source", source), ("destination", destination)):
-        if not isinstance(uri, str) or not uri.strip():
-            raise ConfigError(
-                f"{name}={uri!r} must be a URI: s3://bucket/prefix/, file:///path or a local path."
-            )
-    scheme, bucket, path = split_uri(destination)
-    source_scheme, source_bucket, source_path = split_uri(source)
-    if (scheme, bucket) != (source_scheme, source_bucket):
-        return
-    inner, outer = f"{path.strip('/')}/".lstrip("/"), f"{source_path.strip('/')}/".lstrip("/")
-    if inner == outer:
-        raise ConfigError(same_destination(source, destination))
-    if inner.startswith(outer):
-        raise ConfigError(
-            f"destination={destination!r} lies inside source={source!r}, so the next run would take its output for "
-            "input. Choose a destination beside the source."
-        )
-
-
-def same_destination(source: str, destination: str) -> str:
-    """Say that an output would replace its input."""
-    return (
-        f"destination={destination!r} is where source={source!r} lies, so shards would be replaced by their own "
-        "output. Choose a destination of its own."
-    )

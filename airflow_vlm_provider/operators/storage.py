@@ -48,7 +48,7 @@ def find_shards(
     :raises ConfigError: the source holds none, a name is not there, or its format is not supported.
     """
     from airflow_vlm_provider.shards.formats import is_shard, shard_format
-    from airflow_vlm_provider.shards.stores import locate
+    from airflow_vlm_provider.shards.opening import locate
 
     store, name = locate(source, s3_client=s3_client)
     if names is None:

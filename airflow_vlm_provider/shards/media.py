@@ -26,6 +26,7 @@ from airflow_vlm_provider.errors import ConfigError, SampleError, TransientError
 from airflow_vlm_provider.shards.http_urls import HttpUrl
 from airflow_vlm_provider.shards.images import PREPROCESSING_VERSION, fit_image
 from airflow_vlm_provider.shards.media_roots import MediaRoots, StoredMedia, shown
+from airflow_vlm_provider.shards.opening import open_store
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
     NotARegularFileError,
@@ -33,7 +34,6 @@ from airflow_vlm_provider.shards.stores import (
     OutsideRootError,
     Store,
     StoreError,
-    open_store,
 )
 from airflow_vlm_provider.types import Media, MediaRef
 

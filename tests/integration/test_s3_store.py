@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 
 from airflow_vlm_provider.shards.formats import shard_format
+from airflow_vlm_provider.shards.opening import locate, open_store
 from airflow_vlm_provider.shards.s3 import SPOOL_BYTES, S3Store
 from airflow_vlm_provider.shards.s3_reader import ATTEMPTS
 from airflow_vlm_provider.shards.stores import (
     ObjectChangedError,
     ObjectTooLargeError,
     StoreError,
-    locate,
-    open_store,
 )
 from demo.s3_server import S3Server, start_s3
 from tests.support.faulty_proxy import Fault, FaultyProxy, faulty_proxy

@@ -272,6 +272,13 @@ def test_a_candidate_that_can_only_be_the_likeliest_is_the_greedy_one(tiny):
     assert texts(greedy) == texts(narrow)
 
 
+def test_a_penalty_keeps_tokens_from_coming_again(tiny):
+    free, punished = answers_of(
+        tiny, [request(3, max_tokens=200), request(3, max_tokens=200, repetition_penalty=1e6)]
+    )
+    assert len(set(texts(free)[0])) < len(set(texts(punished)[0]))
+
+
 def test_a_stop_string_ends_the_answer_before_it(tiny):
     (free,) = answers_of(tiny, [request(2)])
     whole = texts(free)[0]

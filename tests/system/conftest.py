@@ -82,9 +82,7 @@ def deployment(tmp_path_factory) -> Iterator[Deployment]:
 
         def connection(key: str, **extra: Any) -> str:
             fields = {"model": "stub-vlm", "max_concurrency": 16, "timeout": 10, **extra}
-            return json.dumps(
-                {"conn_type": "vlm", "host": stub.base_url, "password": key, "extra": fields}
-            )
+            return json.dumps({"conn_type": "vlm", "host": stub.base_url, "password": key, "extra": fields})
 
         env = {
             "AIRFLOW_CONN_AWS_DEFAULT": s3.airflow_connection_json(),

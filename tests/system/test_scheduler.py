@@ -84,14 +84,14 @@ def test_a_users_own_dag_tags_a_bucket_through_an_unreliable_endpoint(deployment
     assert sum(each["ok"] for each in results) == 195
 
     tasks = [
-        each
-        for each in deployment.airflow.task_instances("users_own", run_id)
-        if each["task_id"] == "tag"
+        each for each in deployment.airflow.task_instances("users_own", run_id) if each["task_id"] == "tag"
     ]
     assert len(tasks) == 3
     labels = sorted(each["rendered_map_index"] for each in tasks)
     plan = deployment.airflow.xcom("users_own", run_id, "plan")
-    assert labels == sorted(f"{names[0]} and {len(names) - 1} more".removesuffix(" and 0 more") for names in plan)
+    assert labels == sorted(
+        f"{names[0]} and {len(names) - 1} more".removesuffix(" and 0 more") for names in plan
+    )
     events = deployment.airflow.api("GET", "assets/events", params={"source_dag_id": "users_own"})
     extras = [each["extra"] for each in events["asset_events"] if each["source_run_id"] == run_id]
     assert sorted(each["rows_in"] for each in extras) == sorted(each["rows_in"] for each in results)
@@ -133,7 +133,9 @@ def test_a_killed_task_is_retried_and_committed_shards_are_not_asked_again(deplo
     run_id = run(deployment, "one_task", prefix, wait=False)
 
     def manifests() -> list[str]:
-        return [key for key in deployment.keys("users", f"out/{prefix}_vlm/") if key.endswith("manifest.json")]
+        return [
+            key for key in deployment.keys("users", f"out/{prefix}_vlm/") if key.endswith("manifest.json")
+        ]
 
     deployment.wait_for(lambda: len(manifests()) >= 2, "two committed shards")
     (task,) = deployment.airflow.task_instances("one_task", run_id)
@@ -188,7 +190,9 @@ def test_a_wrong_key_fails_at_once_without_retries_and_stays_secret(deployment):
     log = deployment.airflow.task_log("wrong_key", run_id, "tag")
     assert "vlm_wrong_key" in log
     everything = log + json.dumps(task) + deployment.airflow.tail()
-    everything += "".join(path.read_text(errors="replace") for path in deployment.airflow.log_dir.rglob("*.log"))
+    everything += "".join(
+        path.read_text(errors="replace") for path in deployment.airflow.log_dir.rglob("*.log")
+    )
     assert "sk-wrong-key-90125" not in everything
     assert API_KEY not in everything
 
@@ -220,6 +224,7 @@ def test_a_backfill_over_three_days_tags_each_days_own_images(deployment):
             for row in deployment.rows("datasets", f"images-tagged/{day}/{shard}"):
                 picture = deployment.pictures[f"datasets/images/{day}/{row['images'][0]}"]
                 assert tags(row)[0][0] == tag_of(picture)
+
     def no_backfill_runs() -> bool:
         listed = airflow.api("GET", "backfills", params={"dag_id": "nightly_image_tagging"})["backfills"]
         return all(each["completed_at"] for each in listed)

@@ -15,7 +15,8 @@ from airflow_vlm_provider import runner as runner_module
 from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, ShardError
 from airflow_vlm_provider.ledger.manifest import Counts, UnaccountedError
 from airflow_vlm_provider.runner import ShardRunner
-from airflow_vlm_provider.shards.stores import ObjectInfo, open_store
+from airflow_vlm_provider.shards.opening import open_store
+from airflow_vlm_provider.shards.stores import ObjectInfo
 from airflow_vlm_provider.types import Media, MediaRef
 from tests.support.fakes import CaptionStep, ScriptedEngine
 

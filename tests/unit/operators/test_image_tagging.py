@@ -7,7 +7,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.hooks.vlm import VLMHook
-from airflow_vlm_provider.operators.base import check_destination
+from airflow_vlm_provider.operators.destination import check_destination
 from airflow_vlm_provider.operators.engines import make_engine
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 

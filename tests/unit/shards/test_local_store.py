@@ -256,7 +256,7 @@ def test_what_was_created_is_synced_before_and_after_it_is_named(
 
 KILLED = """
 import sys
-from airflow_vlm_provider.shards.stores import open_store
+from airflow_vlm_provider.shards.opening import open_store
 with open_store(sys.argv[1]).create("a.jsonl") as stream:
     stream.write(b"half" * 100_000)
     stream.flush()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.local import LocalStore
+from airflow_vlm_provider.shards.opening import locate, open_store
 from airflow_vlm_provider.shards.s3 import MAX_KEY_BYTES, S3Store
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
@@ -17,8 +18,6 @@ from airflow_vlm_provider.shards.stores import (
     Store,
     check_name,
     is_hidden,
-    locate,
-    open_store,
     split_uri,
 )
 
@@ -148,7 +147,7 @@ def test_locate_tells_one_shard_from_a_root(tmp_path: Path, monkeypatch: pytest.
 
 def test_neither_boto3_nor_botocore_is_imported_for_a_dag_file() -> None:
     script = (
-        "import sys; from airflow_vlm_provider.shards import stores, local, s3;"
-        "stores.open_store('s3://bucket/a'); sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
+        "import sys; from airflow_vlm_provider.shards import opening, local, s3;"
+        "opening.open_store('s3://bucket/a'); sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
