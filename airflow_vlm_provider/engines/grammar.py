@@ -44,9 +44,7 @@ class Grammars:
         )
         self._narrowed: dict[int, Any] = {}
         for byte, following in _FOLLOWING.items():
-            narrowed = self._allowed & _bitmask(
-                spellings, lambda _, spelling, f=following: spelling[:1] in bytes(f)
-            )
+            narrowed = self._allowed & _bitmask(spellings, _begins_with(bytes(following)))
             cut = (token for token, spelling in enumerate(spellings) if spelling.endswith(bytes([byte])))
             self._narrowed.update(dict.fromkeys(cut, narrowed))
 
@@ -74,6 +72,10 @@ def _bitmask(spellings: Sequence[bytes], allow: Callable[[int, bytes], bool]) ->
     bits = numpy.zeros((len(spellings) + 31) // 32 * 32, dtype=bool)
     bits[: len(spellings)] = [allow(token, spelling) for token, spelling in enumerate(spellings)]
     return torch.from_numpy(numpy.packbits(bits, bitorder="little").view(numpy.int32).copy())
+
+
+def _begins_with(first_bytes: bytes) -> Callable[[int, bytes], bool]:
+    return lambda _, spelling: spelling[:1] in first_bytes
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
