@@ -163,8 +163,9 @@ def test_a_shard_with_failures_is_not_done_and_mended_rows_empty_its_dead_letter
     def fail(about: Any) -> str:
         raise SampleError("refused", "no", attempts=1)
 
-    place.run(ScriptedEngine(fail), shard)
+    (manifest,) = place.run(ScriptedEngine(fail), shard)
     assert len(place.errors()) == 1
+    assert manifest.counts.requests == 1, "what was sent in vain counts, too"
     assert place.runner(ScriptedEngine()).committed(shard) is None
     (manifest,) = place.run(ScriptedEngine(), shard)
     assert place.errors() == []
