@@ -72,7 +72,7 @@ class Deployment:
 
 
 @pytest.fixture(scope="session")
-def deployment(tmp_path_factory) -> Iterator[Deployment]:
+def running(tmp_path_factory) -> Iterator[Deployment]:
     root = tmp_path_factory.mktemp("system")
     dags = root / "dags"
     dags.mkdir()
@@ -99,6 +99,8 @@ def deployment(tmp_path_factory) -> Iterator[Deployment]:
             yield Deployment(airflow, client, stub)
 
 
-@pytest.fixture(autouse=True)
-def _calm_endpoint(deployment: Deployment) -> None:
-    deployment.stub.set(faults={}, latency=0.0, jitter=0.0, capacity=0)
+@pytest.fixture
+def deployment(running: Deployment) -> Deployment:
+    """The deployment, with an endpoint that does what it should."""
+    running.stub.set(faults={}, latency=0.0, jitter=0.0, capacity=0)
+    return running
