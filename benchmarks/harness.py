@@ -105,6 +105,8 @@ def run(
         }
         command = [str(python), str(ROOT / "benchmarks" / client.script), *client.options]
         command += [f"--{name}={value}" for name, value in options.items()]
+        endpoint = psutil.Process(stub.pid)
+        stub_cpu = sum(endpoint.cpu_times()[:2])
         busy, start = busy_seconds(), time.perf_counter()
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environ, cwd=folder, start_new_session=True
@@ -115,7 +117,7 @@ def run(
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)
         seconds = time.perf_counter() - start
-        stub_cpu = sum(psutil.Process(stub.pid).cpu_times()[:2])
+        stub_cpu = sum(endpoint.cpu_times()[:2]) - stub_cpu
         busy = busy_seconds() - busy
         stats = stub.stats()
         if process.returncode or not result.exists():

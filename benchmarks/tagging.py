@@ -74,7 +74,7 @@ def table(rows: Mapping[str, Row]) -> str:
             row.client.label,
             str(row.runs[0].images),
             f"{rate:.1f}",
-            f"{min(rates):.0f} to {max(rates):.0f}",
+            f"{min(rates):.1f} to {max(rates):.1f}",
             f"{rate / IDEAL:.2f}",
             f"{rate / bare:.2f}" if bare else "",
             f"{row.median('cpu_ms'):.2f}",
