@@ -36,7 +36,7 @@ class Progress:
     """Counts of one task over all its shards.
 
     :param shards: How many shards are to be done.
-    :param total_bytes: Their size together, as stored; how much of it was read tells the time left.
+    :param total_bytes: Their size together, as stored; how much of it was read and written tells the time left.
     """
 
     def __init__(self, *, shards: int, total_bytes: int) -> None:
@@ -44,6 +44,7 @@ class Progress:
         self.total_bytes = total_bytes
         self.shards_done = 0
         self.rows = 0
+        self.rows_begun = 0
         self.failed = 0
         self.skipped = 0
         self._bytes_read = 0
@@ -52,6 +53,10 @@ class Progress:
     def read(self, count: int) -> None:
         """Note that ``count`` more bytes of the shards were read."""
         self._bytes_read += count
+
+    def begun(self) -> None:
+        """Note that one more row was read."""
+        self.rows_begun += 1
 
     def wrote(self, outcome: Outcome) -> None:
         """Note one row's end."""
@@ -62,7 +67,9 @@ class Progress:
     def snapshot(self) -> dict[str, Any]:
         """The counts as JSON values, with ``rows_per_second`` and ``seconds_left`` (None while unknown)."""
         elapsed = time.monotonic() - self._started
+        # Reading runs ahead of writing, and how many rows are still to be read, only their bytes tell.
         share = min(self._bytes_read / self.total_bytes, 1.0) if self.total_bytes else 0.0
+        share *= self.rows / self.rows_begun if self.rows_begun else 0.0
         return {
             "shards_done": self.shards_done,
             "shards": self.shards,
@@ -70,7 +77,7 @@ class Progress:
             "failed": self.failed,
             "skipped": self.skipped,
             "rows_per_second": round(self.rows / elapsed, 1) if elapsed > 0 else 0.0,
-            "percent_read": round(100 * share, 1),
+            "percent": round(100 * share, 1),
             "seconds_left": round(elapsed * (1 - share) / share) if share > 0 else None,
         }
 
@@ -81,7 +88,7 @@ class Progress:
         return (
             f"{now['shards_done']} of {now['shards']} shards committed, {now['rows']:,} rows done "
             f"({now['failed']:,} failed, {now['skipped']:,} skipped), {now['rows_per_second']:,} rows/s, "
-            f"{now['percent_read']} % of the bytes read, time left: {left}"
+            f"{now['percent']} % done, time left: {left}"
         )
 
 

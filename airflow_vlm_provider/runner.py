@@ -243,6 +243,7 @@ class _ShardRun:
 
     async def _begin(self, sample: Sample) -> None:
         self.counts.rows_in += 1
+        self.runner.progress.begun()
         await self.active.acquire()
         while self.backlog_bytes > BACKLOG_BYTES:
             self.drained.clear()

@@ -64,13 +64,17 @@ with DAG(
         # One bad group must not hide what the others did: the summary judges the whole.
         max_error_rate=1.0,
         max_pixels=1024 * 1024,
-        outlets=[Asset(name="tagged_images", uri=DESTINATION)],
+        # By name alone: for a URI, Airflow imports every provider that knows some kind of URI whenever it parses this.
+        outlets=[Asset("tagged_images")],
         **placement,
     ).expand(shards=plan.output)
 
     @task(trigger_rule="all_done")
     def summary(manifests: list[dict], params: dict | None = None, ti=None) -> dict:
-        """Add the groups up, and fail when too much failed."""
+        """Add the groups up, and fail when too much failed or did not run."""
+        plan = ti.xcom_pull(task_ids="plan")
+        if plan is None:
+            raise AirflowFailException("There is no plan, so nothing was tagged; look at the task 'plan'.")
         counts = ("shards", "shards_unchanged", "rows_in", "rows_out", "ok", "cached", "skipped", "failed")
         costs = ("requests", "prompt_tokens", "completion_tokens", "cost_usd")
         # A cost that nobody knows (the connection names no prices) is left out.
@@ -79,11 +83,10 @@ with DAG(
             for name in counts + costs
             if all(manifest[name] is not None for manifest in manifests)
         }
-        planned = len(ti.xcom_pull(task_ids="plan") or [])
-        print(f"{len(manifests)} of {planned} groups: {total}")
-        if len(manifests) < planned:
+        print(f"{len(manifests)} of {len(plan)} groups: {total}")
+        if len(manifests) < len(plan):
             raise AirflowFailException(
-                f"Only {len(manifests)} of {planned} groups finished; look at the failed 'tag' tasks and clear them."
+                f"Only {len(manifests)} of {len(plan)} groups finished; look at the failed 'tag' tasks and clear them."
             )
         if total["failed"] > params["max_error_rate"] * total["rows_in"]:
             raise AirflowFailException(

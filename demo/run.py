@@ -67,6 +67,8 @@ def environment(s3: S3Server) -> dict[str, str]:
         "AIRFLOW_CONN_AWS_DEFAULT": s3.airflow_connection_json(),
         "AIRFLOW_CONN_VLM_DEFAULT": json.dumps({"conn_type": "vlm", "extra": model}),
         "HF_HUB_OFFLINE": "1",
+        # Only the demo's own run: the schedule's would look for last night's pictures.
+        "AIRFLOW__SCHEDULER__USE_JOB_SCHEDULE": "False",
         # Two tasks at a time share this machine's cores.
         "OMP_NUM_THREADS": "1",
     }

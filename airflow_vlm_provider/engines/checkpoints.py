@@ -79,6 +79,8 @@ def load_checkpoint(
     placement = pick_device(device)
 
     def load() -> Checkpoint:
+        # Drawn on standard error, a progress bar is an error in a task's log.
+        transformers.utils.logging.disable_progress_bar()
         config = transformers.AutoConfig.from_pretrained(model, **source)
         if (
             type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

@@ -107,7 +107,7 @@ def test_the_progress_is_in_the_log_and_in_the_task_state_store(deployment):
     path = f"dags/one_task/dagRuns/{quote(run_id)}/taskInstances/tag/state-store"
     stored = deployment.airflow.api("GET", path, params={"map_index": task["map_index"]})
     (progress,) = [each["value"] for each in stored["task_state_store"] if each["key"] == "progress"]
-    assert (progress["rows"], progress["failed"], progress["percent_read"]) == (60, 0, 100.0)
+    assert (progress["rows"], progress["failed"], progress["percent"]) == (60, 0, 100.0)
 
 
 def test_clearing_a_finished_task_asks_nothing_again(deployment):
@@ -239,6 +239,15 @@ def test_a_backfill_over_three_days_tags_each_days_own_images(deployment):
     assert deployment.stub.stats()["requests"] == requests
     summary = airflow.xcom("nightly_image_tagging", found[0]["dag_run_id"], "summary")
     assert (summary["rows_in"], summary["cached"], summary["requests"]) == (16, 16, 0)
+
+
+def test_a_night_without_shards_is_a_failed_run_and_not_a_green_one(deployment):
+    deployment.put("datasets", "images/2026-04-01/picture.png", b"no shard")
+    run_id = deployment.airflow.trigger_dag("nightly_image_tagging", {"day": "2026-04-01"})
+    assert deployment.airflow.wait_for_run("nightly_image_tagging", run_id) == "failed"
+    log = deployment.airflow.task_log("nightly_image_tagging", run_id, "plan")
+    assert "holds no shards" in log
+    assert "There is no plan" in deployment.airflow.task_log("nightly_image_tagging", run_id, "summary")
 
 
 def clear(deployment: Deployment, dag_id: str, run_id: str) -> None:

@@ -326,5 +326,5 @@ def test_progress_counts_rows_and_shares(place):
 
     asyncio.run(go())
     now = runner.progress.snapshot()
-    assert (now["rows"], now["shards_done"], now["percent_read"], now["seconds_left"]) == (100, 2, 100.0, 0)
+    assert (now["rows"], now["shards_done"], now["percent"], now["seconds_left"]) == (100, 2, 100.0, 0)
     assert "2 of 2 shards committed, 100 rows done" in runner.progress.line()
