@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
@@ -26,6 +26,7 @@ from airflow_vlm_provider.ledger.dead_letters import DeadLetters
 from airflow_vlm_provider.ledger.manifest import Counts, Manifest, fingerprint, load_manifest, save_manifest
 from airflow_vlm_provider.progress import CountingReader, Progress
 from airflow_vlm_provider.shards.formats import RowWriter, shard_format
+from airflow_vlm_provider.shards.stores import StoreError
 from airflow_vlm_provider.types import Answer, MediaRef, Outcome, Request, Result, Sample, Usage
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ BACKLOG_ROWS = 4096
 BACKLOG_BYTES = 64 * 1024 * 1024
 # Shards open at once: while the last rows of one are answered, the next are begun, so that the engine never waits.
 OPEN_SHARDS = 4
+# How long a stop waits for a thread that blocks. Airflow kills a task 5 seconds after it told it to stop.
+STOP_SECONDS = 2.0
 
 
 class ShardRunner:
@@ -116,6 +119,7 @@ class ShardRunner:
         """
         self.progress = Progress(shards=len(shards), total_bytes=sum(shard.size for shard in shards))
         reading, opened = asyncio.Semaphore(1), asyncio.Semaphore(OPEN_SHARDS)
+        failed = asyncio.Event()
         threads = ThreadPoolExecutor(self._thread_count(), thread_name_prefix="vlm-io")
         tasks: list[asyncio.Task[Manifest | None]] = []
         unreadable: list[str] = []
@@ -127,15 +131,18 @@ class ShardRunner:
                 log.error("%s", error)
                 unreadable.append(str(error))
                 return None
+            except BaseException:
+                failed.set()
+                raise
             finally:
                 opened.release()
 
         active, loaded = asyncio.Semaphore(self._samples), asyncio.Semaphore(self._requests)
         try:
             for shard in shards:
-                await opened.acquire()
-                await reading.acquire()
-                if any(task.done() and task.exception() for task in tasks):
+                await _first(opened.acquire(), failed.wait())
+                await _first(reading.acquire(), failed.wait())
+                if failed.is_set():
                     break
                 tasks.append(asyncio.create_task(run_one(shard), name=shard.name))
             manifests = [manifest for manifest in await asyncio.gather(*tasks) if manifest is not None]
@@ -188,6 +195,7 @@ class _ShardRun:
         self.drained = asyncio.Event()
         self.running: set[asyncio.Task[Outcome]] = set()
         self.failure: BaseException | None = None
+        self.reading: asyncio.Task[None] | None = None
         self.writing: asyncio.Task[None] | None = None
 
     async def run(self, *, when_read: Callable[[], None]) -> Manifest:
@@ -196,30 +204,27 @@ class _ShardRun:
         form = shard_format(self.shard.name)
         # An exit stack and not `with`, because leaving it is the commit: slow, and so done in a thread.
         output = ExitStack()
-        reading: asyncio.Task[None] | None = None
         try:
             stream = await self._in_thread(
                 lambda: output.enter_context(self.runner.destination.create(self.shard.name))
             )
             rows = output.enter_context(form.writer(stream))
-            reading = asyncio.create_task(self._read())
-            reading.add_done_callback(lambda _: when_read())
+            self.reading = asyncio.create_task(self._read())
+            self.reading.add_done_callback(lambda _: when_read())
             self.writing = asyncio.create_task(self._write(rows))
-            try:
-                await self.writing
-            except asyncio.CancelledError:
-                if self.failure is not None:
-                    raise self.failure from None
-                raise
+            # Shielded, so that a cancellation comes here first and stops the sending, and not to a write that blocks.
+            await asyncio.shield(self.writing)
             return await self._in_thread(lambda: self._commit(output, started))
         except BaseException as error:
+            await self._stop()
+            if isinstance(error, asyncio.CancelledError) and self.failure is not None:
+                error = self.failure
             # The stores drop what was written when they see an exception, and that is quick.
             with suppress(BaseException):
                 output.__exit__(type(error), error, error.__traceback__)
-            raise
+            raise error from None
         finally:
-            await self._stop(reading, self.writing)
-            if reading is None:
+            if self.reading is None:
                 when_read()
             self.dead.close()
 
@@ -236,8 +241,8 @@ class _ShardRun:
                     await self._begin(sample)
             await self.tasks.put(None)
             stream.close()
-        except ShardError as error:
-            self._fail(ShardError(f"{runner.source.uri}{self.shard.name}: {error}"))
+        except (ShardError, StoreError, FileNotFoundError, PermissionError) as error:
+            self._fail(ShardError(f"{runner.source.uri}{self.shard.name} can't be read: {error}"))
         except Exception as error:
             self._fail(error)
 
@@ -257,6 +262,9 @@ class _ShardRun:
     def _ended(self, task: asyncio.Task[Outcome]) -> None:
         self.running.discard(task)
         self.active.release()
+        # An error that stops the shard is raised once, by run(); here it only counts as seen.
+        if not task.cancelled():
+            task.exception()
 
     async def _one(self, sample: Sample) -> Outcome:
         """Work on one sample; only what stops the whole shard is raised."""
@@ -379,17 +387,13 @@ class _ShardRun:
         runner, shard, step = self.runner, self.shard.name, self.runner.step.name
         self.counts.check()
         self.counts.cost_usd = runner.cost(self.counts.usage)
-        now = runner.source.stat(shard)
-        if now.identity != self.shard.identity:
+        if self._identity_now() != self.shard.identity:
             raise ShardError(
-                f"{runner.source.uri}{shard} was replaced while it was read. Nothing was committed for it; "
-                "the task's retry reads the new one."
+                f"{runner.source.uri}{shard} was replaced or deleted while it was read. Nothing was committed for it; "
+                "the task's retry reads what is there then."
             )
-        before = load_manifest(runner.destination, shard, step)
         output.close()
-        errors = None
-        if self.dead.count or (before is not None and before.errors is not None):
-            errors = runner.destination.uri + self.dead.save(runner.destination, shard, step)
+        errors = self.dead.save(runner.destination, shard, step)
         manifest = Manifest(
             counts=self.counts,
             model=runner.engine.model,
@@ -399,7 +403,7 @@ class _ShardRun:
                 "uri": runner.destination.uri + shard,
                 "identity": runner.destination.stat(shard).identity,
             },
-            errors=errors if self.dead.count else None,
+            errors=None if errors is None else runner.destination.uri + errors,
             started_at=started.isoformat(timespec="seconds"),
             finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             provider_version=airflow_vlm_provider.__version__,
@@ -409,28 +413,50 @@ class _ShardRun:
         runner.progress.shards_done += 1
         return manifest
 
+    def _identity_now(self) -> str | None:
+        try:
+            return self.runner.source.stat(self.shard.name).identity
+        except FileNotFoundError:
+            return None
+
     def _fail(self, error: BaseException) -> None:
         """Stop the shard for an error that is not one sample's own."""
         if self.failure is None:
             self.failure = error
-            if self.writing is not None:
-                self.writing.cancel()
+            self._halt()
 
-    async def _stop(self, *tasks: asyncio.Task[None] | None) -> None:
+    def _halt(self) -> list[asyncio.Task[Any]]:
+        """Cancel everything at once, the sending before the writing: what blocks must not hold up what costs."""
+        rest: list[asyncio.Task[Any]] = [
+            *self.running,
+            *(task for task in (self.reading, self.writing) if task is not None),
+        ]
+        for task in rest:
+            task.cancel()
+        return rest
+
+    async def _stop(self) -> None:
         """Cancel what still runs and wait until it has ended, so that nothing is sent after this."""
-        rest: list[asyncio.Task[Any]] = [*(task for task in tasks if task is not None), *self.running]
-        for each in rest:
-            each.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+        await asyncio.gather(*self._halt(), return_exceptions=True)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
-        """Run what blocks in a thread. When cancelled meanwhile, wait for it first: half a write helps nobody."""
+        """Run what blocks in a thread. When cancelled meanwhile, wait for it a little: half a write helps nobody."""
         future = asyncio.get_running_loop().run_in_executor(self.threads, function)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            await asyncio.wait([future])
+            await asyncio.wait([future], timeout=STOP_SECONDS)
             raise
+
+
+async def _first(*awaitables: Coroutine[Any, Any, object]) -> None:
+    """Wait for the first of these, and drop the others."""
+    tasks = [asyncio.ensure_future(each) for each in awaitables]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _batch(samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -52,8 +52,10 @@ with DAG(
     tags=["vlm"],
     doc_md=__doc__,
 ) as dag:
-    source = "{{ params.source }}/{{ params.day or ds }}/"
-    destination = "{{ params.destination }}/{{ params.day or ds }}/"
+    # A run that was triggered by hand or by an asset may have no logical date.
+    day = "{{ params.day or (dag_run.logical_date or dag_run.run_after) | ds }}"
+    source = "{{ params.source }}/" + day + "/"
+    destination = "{{ params.destination }}/" + day + "/"
 
     plan = PlanShardsOperator(task_id="plan", source=source, max_tasks="{{ params.max_tasks }}")
 
@@ -72,7 +74,8 @@ with DAG(
     @task(trigger_rule="all_done")
     def summary(manifests: list[dict], params: dict | None = None, ti=None) -> dict:
         """Add the groups up, and fail when too much failed or did not run."""
-        plan = ti.xcom_pull(task_ids="plan")
+        # Every pass over what mapped tasks returned is a request for each.
+        manifests, plan = list(manifests), ti.xcom_pull(task_ids="plan")
         if plan is None:
             raise AirflowFailException("There is no plan, so nothing was tagged; look at the task 'plan'.")
         counts = ("shards", "shards_unchanged", "rows_in", "rows_out", "ok", "cached", "skipped", "failed")

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from datetime import datetime, timezone
 
-from airflow_vlm_provider.errors import SampleError
+from airflow_vlm_provider.errors import SampleError, VLMError
 from airflow_vlm_provider.ledger.manifest import Files, ledger_folder
 from airflow_vlm_provider.types import Outcome
 
@@ -45,13 +45,24 @@ class DeadLetters:
         self._spool.write(json.dumps(record).encode() + b"\n")
         self.count += 1
 
-    def save(self, files: Files, shard: str, step: str) -> str:
-        """Write ``errors.jsonl`` (empty when nothing failed) and return its name under the destination."""
+    def save(self, files: Files, shard: str, step: str) -> str | None:
+        """Write ``errors.jsonl`` and return its name under the destination; None when nothing failed.
+
+        When nothing failed, what an earlier run left there (committed or not) is emptied.
+        """
         name = f"{ledger_folder(shard, step)}/errors.jsonl"
+        if not self.count:
+            try:
+                if not files.read(name, max_bytes=1):
+                    return None
+            except FileNotFoundError:
+                return None
+            except VLMError:  # larger than the one byte that was asked for
+                pass
         self._spool.seek(0)
         with files.create(name) as stream:
             shutil.copyfileobj(self._spool, stream)
-        return name
+        return name if self.count else None
 
     def close(self) -> None:
         """Free what was not saved."""

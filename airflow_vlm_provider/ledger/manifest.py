@@ -138,12 +138,25 @@ def ledger_folder(shard: str, step: str) -> str:
 def fingerprint(**parts: Any) -> str:
     """Hash what decides an output, given as JSON values by name: equal exactly when all parts are.
 
-    SHA-256 over the canonical JSON (sorted keys, no spaces, ASCII), in hexadecimal.
+    SHA-256 over the canonical JSON (sorted keys, no spaces, ASCII, 1.0 as 1), in hexadecimal.
 
     :raises TypeError: a part is not a JSON value.
     """
-    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    canonical = json.dumps(
+        _without_spellings(parts), sort_keys=True, separators=(",", ":"), ensure_ascii=True
+    )
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _without_spellings(value: Any) -> Any:
+    """The same value, with whole floats as integers: a temperature of 0.0 must not cost what one of 0 has paid."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: _without_spellings(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_spellings(each) for each in value]
+    return value
 
 
 def load_manifest(files: Files, shard: str, step: str) -> Manifest | None:

@@ -6,21 +6,25 @@ import asyncio
 import gc
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import asdict, replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import Asset, BaseOperator
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 
 from airflow_vlm_provider.errors import ConfigError
-from airflow_vlm_provider.operators.destination import check_destination, same_destination
+from airflow_vlm_provider.operators.destination import check_destination
 from airflow_vlm_provider.operators.engines import make_engine
+from airflow_vlm_provider.operators.parameters import check_parameters, check_partial
 from airflow_vlm_provider.operators.storage import find_shards, s3_client_factory
 
 if TYPE_CHECKING:
     import jinja2
     from airflow.sdk import Context
+    from airflow.sdk.definitions.mappedoperator import OperatorPartial
 
     from airflow_vlm_provider.hooks.vlm import VLMHook
     from airflow_vlm_provider.ledger.manifest import Counts, Manifest
@@ -135,34 +139,14 @@ class ShardOperator(BaseOperator):
         :raises ConfigError: one of them is wrong.
         """
 
-    def check_parameters(self) -> None:
-        """Check whatever is known when the DAG is parsed; a subclass calls it at the end of its ``__init__``.
+    @classmethod
+    def partial(cls, **kwargs: Any) -> OperatorPartial:
+        """Begin a mapped operator; what it is given is checked now, when the DAG is parsed.
 
-        :raises ConfigError: the sentence names the parameter, its value and the remedy.
+        :raises ConfigError: a parameter is wrong.
         """
-        if self.engine not in (None, "openai", "vllm", "transformers"):
-            raise ConfigError(
-                f"engine={self.engine!r} is not known. Use 'openai' (any OpenAI-compatible endpoint), 'vllm' or "
-                "'transformers', or leave it out to take the connection's."
-            )
-        if self.is_api_model and self.engine not in (None, "openai"):
-            raise ConfigError(f"is_api_model=True contradicts engine={self.engine!r}. Leave one of them out.")
-        if not isinstance(self.max_error_rate, (int, float)) or not 0 <= self.max_error_rate <= 1:
-            raise ConfigError(
-                f"max_error_rate={self.max_error_rate!r} must be a share from 0 to 1, such as 0.1 for a tenth."
-            )
-        for name in ("max_pixels", "concurrency"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1, or None.")
-        if isinstance(self.media_roots, str) and "{{" not in self.media_roots:
-            raise ConfigError(f"media_roots={self.media_roots!r} must be a list: [{self.media_roots!r}].")
-        for name in ("text_key", "image_key", "video_key", "meta_key"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a field's name.")
-        self.make_step()
-        if all(isinstance(uri, str) and "{{" not in uri for uri in (self.source, self.destination)):
-            check_destination(self.source, self.destination)
+        check_partial(cls, kwargs)
+        return super().partial(**kwargs)
 
     def _do_render_template_fields(
         self,
@@ -189,12 +173,12 @@ class ShardOperator(BaseOperator):
         # tenth of a second, every few hundred requests, in which no answer is read. What is frozen is left out.
         gc.freeze()
         try:
-            return asyncio.run(self._run(context))
+            return self._finish(context, *self._run_in_thread(context))
         except (ConfigError, PermissionError) as error:
             raise AirflowFailException(str(error)) from error
+        except AirflowNotFoundException as error:
+            raise AirflowFailException(f"{error}. Create the connection, or correct vlm_conn_id.") from error
         except asyncio.CancelledError:
-            if not self._stopped:
-                raise
             raise AirflowException(
                 "The task was told to stop. Nothing more was sent; shards that were committed stay committed, and "
                 "the next run does the rest."
@@ -202,17 +186,35 @@ class ShardOperator(BaseOperator):
         finally:
             gc.unfreeze()
 
+    def _run_in_thread(self, context: Context) -> tuple[ShardRunner, list[Manifest], list[Manifest]]:
+        """Run the event loop in a thread of its own and wait for it.
+
+        Airflow ends a task that takes too long by an exception out of a signal handler. In an event loop that would
+        come up wherever the loop happens to be, and get lost there; here it comes up where it is waited for.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="vlm-loop") as threads:
+            future = threads.submit(copy_context().run, lambda: asyncio.run(self._run(context)))
+            try:
+                return future.result()
+            except BaseException:
+                self.on_kill()
+                raise
+
     def on_kill(self) -> None:
         """Stop sending at once. Airflow calls this from a signal handler and kills the process 5 seconds later."""
         self._stopped = True
-        if self._cancel is not None:
-            self._cancel()
+        cancel = self._cancel
+        if cancel is not None:
+            cancel()
 
-    async def _run(self, context: Context) -> dict[str, Any]:
+    async def _run(self, context: Context) -> tuple[ShardRunner, list[Manifest], list[Manifest]]:
+        """Do the shards; returns the runner, the manifests of those that were done before, and the others'."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
         try:
+            if self._stopped:
+                raise asyncio.CancelledError
             runner, hook, shards = await asyncio.to_thread(self._prepare, context)
             done = await asyncio.to_thread(lambda: [runner.committed(shard) for shard in shards])
             rest = [shard for shard, manifest in zip(shards, done, strict=True) if manifest is None]
@@ -237,7 +239,7 @@ class ShardOperator(BaseOperator):
                 await self._show(runner, context)
         finally:
             self._cancel = None
-        return self._finish(context, runner, [m for m in done if m is not None], fresh)
+        return runner, [manifest for manifest in done if manifest is not None], fresh
 
     def _prepare(self, context: Context) -> tuple[ShardRunner, VLMHook, list[ObjectInfo]]:
         """Make everything that the run needs. Blocks: connections and listings are looked up."""
@@ -246,13 +248,13 @@ class ShardOperator(BaseOperator):
         from airflow_vlm_provider.shards.media import MediaLoader
         from airflow_vlm_provider.shards.opening import open_store
 
-        check_destination(self.source, self.destination)
+        check_parameters(self)
         s3_client = s3_client_factory(self.aws_conn_id)
         names = [self.shards] if isinstance(self.shards, str) else self.shards
         source, shards = find_shards(self.source, names, s3_client=s3_client)
         destination = open_store(self.destination, s3_client=s3_client)
-        if destination.uri == source.uri:
-            raise ConfigError(same_destination(self.source, self.destination))
+        # Once more: a source that is one shard lies in the folder that is compared here.
+        check_destination(source.uri if destination.uri == source.uri else self.source, self.destination)
         hook = VLMHook(self.vlm_conn_id)
         engine = make_engine(
             hook,
@@ -302,18 +304,25 @@ class ShardOperator(BaseOperator):
         """Say how far the task is, in its log and in the task state store, which the UI shows."""
         self.log.info(runner.progress.line())
         store = context.get("task_state_store")
-        if store is not None:
+        if store is None:
+            return
+        try:
             # In a thread, not by `aset`: cancelled half-way, that would leave its answer for the next message.
             await asyncio.to_thread(store.set, "progress", runner.progress.snapshot())
+        except Exception as error:
+            self.log.warning("The task state store did not take the progress (%s)", error)
 
     def _finish(
         self, context: Context, runner: ShardRunner, before: list[Manifest], fresh: list[Manifest]
     ) -> dict[str, Any]:
         """Sum up, tell the outlets, and fail when too much failed."""
         from airflow_vlm_provider.ledger.manifest import Counts
+        from airflow_vlm_provider.types import Usage
 
         counts: Counts = reduce(
-            lambda total, each: total + each, [*map(_as_cached, before), *(m.counts for m in fresh)], Counts()
+            lambda total, each: total + each,
+            [*(_as_cached(m.counts, cost=runner.cost(Usage())) for m in before), *(m.counts for m in fresh)],
+            Counts(),
         )
         summary: dict[str, Any] = {
             **asdict(counts),
@@ -341,9 +350,14 @@ class ShardOperator(BaseOperator):
         return summary
 
 
-def _as_cached(manifest: Manifest) -> Counts:
+def _as_cached(was: Counts, *, cost: float | None) -> Counts:
     """What an earlier run's shard counts for in this one: all there, nothing asked."""
-    from airflow_vlm_provider.ledger.manifest import Counts
-
-    was = manifest.counts
-    return Counts(rows_in=was.rows_in, rows_out=was.rows_out, cached=was.ok + was.cached, skipped=was.skipped)
+    return replace(
+        was,
+        ok=0,
+        cached=was.ok + was.cached,
+        requests=0,
+        prompt_tokens=0,
+        completion_tokens=0,
+        cost_usd=cost,
+    )

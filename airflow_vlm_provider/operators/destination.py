@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.stores import split_uri
 
@@ -20,6 +22,9 @@ def check_destination(source: str, destination: str) -> None:
     source_scheme, source_bucket, source_path = split_uri(source)
     if (scheme, bucket) != (source_scheme, source_bucket):
         return
+    if scheme == "file":
+        # However it is spelt, and whatever links lead there.
+        path, source_path = os.path.realpath(path), os.path.realpath(source_path)
     inner, outer = f"{path.strip('/')}/".lstrip("/"), f"{source_path.strip('/')}/".lstrip("/")
     if inner == outer:
         raise ConfigError(same_destination(source, destination))

@@ -60,6 +60,8 @@ def make_engine(
         from airflow_vlm_provider.engines.transformers import TransformersEngine
 
         params = {**settings.engine_args, **(model_params or {})}
+        if "gpu_batch_size" in params:
+            params["gpu_batch_size"] = _whole("gpu_batch_size", params["gpu_batch_size"])
         own = {
             name: params.pop(name)
             for name in ("revision", "gpu_batch_size", "device", "dtype", "trust_remote_code")
@@ -77,3 +79,10 @@ def make_engine(
             "itself yet. Run 'vllm serve' on the GPU machine and use the engine 'openai' with that server as host."
         )
     raise ConfigError(f"engine={kind!r} is not known; use 'openai', 'vllm' or 'transformers'.")
+
+
+def _whole(name: str, value: Any) -> int:
+    # In a connection that is written as a URI, numbers are strings.
+    if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+    return int(value)

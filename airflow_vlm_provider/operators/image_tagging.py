@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from airflow_vlm_provider.operators.base import ShardOperator
+from airflow_vlm_provider.operators.parameters import check_parameters
 from airflow_vlm_provider.steps.base import Step
 from airflow_vlm_provider.steps.tagging import TaggingStep
 
@@ -42,7 +43,7 @@ class ImageTaggingVLMOperator(ShardOperator):
         self.input_template = input_template
         self.sampling_params = sampling_params
         self.try_num = try_num
-        self.check_parameters()
+        check_parameters(self)
 
     def make_step(self) -> Step:
         """The tagging step with this operator's parameters.

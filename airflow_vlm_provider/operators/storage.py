@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 # Many small reads are in flight at once; botocore's own default is ten connections.
 POOL_CONNECTIONS = 64
+# A key has at most 1,024 bytes on S3. Beside the shard's own name, the ledger's folder and the destination's prefix
+# have to find room in it.
+MAX_NAME_BYTES = 768
+
+log = logging.getLogger(__name__)
 
 
 def s3_client_factory(aws_conn_id: str | None) -> Callable[[], Any]:
@@ -49,13 +55,14 @@ def find_shards(
     """
     from airflow_vlm_provider.shards.formats import is_shard, shard_format
     from airflow_vlm_provider.shards.opening import locate
+    from airflow_vlm_provider.shards.stores import InvalidNameError
 
     store, name = locate(source, s3_client=s3_client)
     if names is None:
         names = None if name is None else [name]
     if names is None:
         try:
-            found = [each for each in store.list() if is_shard(each.name)]
+            found = [each for each in store.list() if is_shard(each.name) and _is_usable(each.name)]
         except FileNotFoundError as error:
             raise ConfigError(f"source={source!r} can't be listed: {error}") from error
         if not found:
@@ -70,9 +77,30 @@ def find_shards(
         shard_format(each)
         try:
             found.append(store.stat(each))
+        except InvalidNameError as error:
+            raise ConfigError(
+                f"shards names {each!r}, which can't be the name of a shard: {error}"
+            ) from error
         except (FileNotFoundError, IsADirectoryError) as error:
             raise ConfigError(
                 f"shards names {each!r}, which is not to be found below source={source!r}. Names are relative to the "
                 "source; was it planned for another source, or was the shard deleted since?"
             ) from error
     return store, found
+
+
+def _is_usable(name: str) -> bool:
+    """Whether a shard of this name can be read and written back; says so when not, for it is left out then."""
+    from airflow_vlm_provider.shards.stores import InvalidNameError, check_name
+
+    try:
+        check_name(name)
+    except InvalidNameError as error:
+        log.warning("Left out a shard: %s", error)
+        return False
+    if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:
+        log.warning(
+            "Left out a shard: there is no room for its ledger beside its name, which is too long: %r", name
+        )
+        return False
+    return True

@@ -70,6 +70,8 @@ class MediaLoader:
         self._source = source_uri.rstrip("/") + "/"
         self._max_pixels = max_pixels
         self._max_bytes = max_bytes
+        # They decide which file a relative reference means; where the shards are does not, so a moved dataset is known.
+        self._named_roots = None if roots is None else list(roots)
         self._roots = MediaRoots([source_uri] if roots is None else roots)
         self._stores: dict[str, Store] = {
             uri: open_store(uri, s3_client=s3_client) for uri in self._roots.store_uris
@@ -87,7 +89,11 @@ class MediaLoader:
 
     def parameters(self) -> Mapping[str, Any]:
         """Everything that decides what becomes of an image, as JSON values: part of the fingerprint."""
-        return {"max_pixels": self._max_pixels, "preprocessing": PREPROCESSING_VERSION}
+        return {
+            "max_pixels": self._max_pixels,
+            "preprocessing": PREPROCESSING_VERSION,
+            "roots": self._named_roots,
+        }
 
     def load(self, ref: MediaRef, *, shard: str = "") -> Media:
         """

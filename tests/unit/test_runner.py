@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import json
 import random
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from airflow_vlm_provider import runner as runner_module
 from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, ShardError
 from airflow_vlm_provider.ledger.manifest import Counts, UnaccountedError
 from airflow_vlm_provider.runner import ShardRunner
+from airflow_vlm_provider.shards.jsonl import JsonLinesWriter
 from airflow_vlm_provider.shards.opening import open_store
 from airflow_vlm_provider.shards.stores import ObjectInfo
 from airflow_vlm_provider.types import Media, MediaRef
@@ -227,6 +230,84 @@ def test_cancelling_stops_sending_and_leaves_nothing_behind(place):
     assert place.files() == set()
 
 
+def test_cancelling_stops_the_sending_also_while_a_write_blocks(place, monkeypatch):
+    engine = ScriptedEngine(delay=lambda about: 0.01)
+    shard = place.shard("a.jsonl", [{"text": str(i)} for i in range(5000)])
+    writing = threading.Event()
+    plain = JsonLinesWriter.write
+
+    def blocking(self: Any, row: Any) -> None:
+        writing.set()
+        time.sleep(0.5)
+        plain(self, row)
+
+    monkeypatch.setattr(JsonLinesWriter, "write", blocking)
+
+    async def go() -> tuple[float, float]:
+        async with engine:
+            task = asyncio.create_task(place.runner(engine).run_all([shard]))
+            await asyncio.to_thread(writing.wait)
+            await asyncio.sleep(0.1)
+            task.cancel()
+            at = time.monotonic()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return at, time.monotonic()
+
+    cancelled_at, ended_at = asyncio.run(go())
+    assert max(engine.sent_at) <= cancelled_at
+    assert ended_at - cancelled_at < 5
+    assert place.files() == set()
+
+
+def test_a_commit_that_fails_is_noticed_while_the_next_shard_is_read(place, monkeypatch):
+    def full_disk(self: Any, *args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner_module, "save_manifest", full_disk)
+    engine = ScriptedEngine(delay=lambda about: 0.05, concurrency=4)
+    shards = [
+        place.shard("a.jsonl", [{"text": "x"}]),
+        place.shard("b.jsonl", [{"text": f"{i}"} for i in range(3000)]),
+        place.shard("c.jsonl", [{"text": "x"}]),
+    ]
+    with pytest.raises(OSError, match="No space left"):
+        place.run(engine, *shards)
+    assert len(engine.asked) < 300
+
+
+def test_a_shard_deleted_meanwhile_fails_alone(place):
+    shards = [place.shard(f"{name}.jsonl", [{"text": "x"}] * 10) for name in "abc"]
+    (place.source_path / "b.jsonl").unlink()
+    with pytest.raises(ShardError, match=r"1 of 3 shards .*b\.jsonl"):
+        place.run(ScriptedEngine(), *shards)
+    assert {"a.jsonl", "c.jsonl"} <= place.files()
+
+
+def test_dead_letters_of_an_attempt_that_never_committed_do_not_stay(place, monkeypatch):
+    def fail(about: Any) -> str:
+        raise SampleError("refused", "no", attempts=1)
+
+    shard = place.shard("a.jsonl", [{"text": "one"}])
+    with monkeypatch.context() as patch:
+        patch.setattr(runner_module, "save_manifest", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            place.run(ScriptedEngine(fail), shard)
+    assert len(place.errors()) == 1
+    (manifest,) = place.run(ScriptedEngine(), shard)
+    assert (manifest.errors, place.errors()) == (None, [])
+
+
+def test_an_error_is_raised_once_and_not_logged_for_every_request_in_flight(place, caplog):
+    def fail(about: Any) -> str:
+        raise ConfigError("wrong key")
+
+    with pytest.raises(ConfigError):
+        place.run(ScriptedEngine(fail), place.shard("a.jsonl", [{"text": "x"}] * 100))
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
 def test_the_window_stays_full_across_small_shards(place):
     shards = [place.shard(f"{n:02}.jsonl", [{"text": f"{n}-{i}"} for i in range(6)]) for n in range(20)]
     engine = ScriptedEngine(delay=lambda about: 0.05, concurrency=12)
@@ -280,7 +361,7 @@ def test_a_shard_replaced_while_it_is_read_is_not_committed(place):
             place.shard("a.jsonl", [{"text": "another"}])
             await task
 
-    with pytest.raises(ShardError, match="replaced while"):
+    with pytest.raises(ShardError, match="replaced or deleted while"):
         asyncio.run(go())
     assert place.files() == set()
 

@@ -95,6 +95,8 @@ def test_fingerprints_differ_by_any_part_and_not_by_order():
     assert base == fingerprint(engine={"model": "m"}, step={"b": "x", "a": 1})
     assert base != fingerprint(step={"a": 1, "b": "x"}, engine={"model": "n"})
     assert base != fingerprint(step={"a": "1", "b": "x"}, engine={"model": "m"})
+    assert fingerprint(a={"t": 0, "p": [1]}) == fingerprint(a={"t": 0.0, "p": [1.0]})
+    assert fingerprint(a=1) != fingerprint(a=True)
     with pytest.raises(TypeError):
         fingerprint(step={"a": object()})
 

@@ -36,6 +36,13 @@ def operator(**given) -> ImageTaggingVLMOperator:
         ({"destination": "s3://b/in"}, ["destination='s3://b/in'", "replaced by their own output"]),
         ({"destination": "s3://b/in/tagged/"}, ["lies inside source", "beside the source"]),
         ({"source": ""}, ["source=''"]),
+        ({"model_params": "x"}, ["model_params='x'", "dict"]),
+        ({"model_params": {"a": {1}}}, ["model_params", "JSON"]),
+        ({"media_roots": 5}, ["media_roots=5", "list"]),
+        ({"media_roots": [5]}, ["media_roots=[5]"]),
+        ({"shards": 5}, ["shards=5"]),
+        ({"response_path": 5}, ["response_path=5"]),
+        ({"api_endpoint": 5}, ["api_endpoint=5"]),
     ],
 )
 def test_wrong_parameters_fail_when_the_dag_is_parsed(given, words):
@@ -139,6 +146,19 @@ def test_an_engine_that_cannot_be_had_is_refused_with_its_remedy(monkeypatch):
     with pytest.raises(ConfigError, match="api_key") as caught:
         choose(hook, model_params={"api_key": "sk-leaked-in-a-dag"})
     assert "sk-leaked" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "size"), [("8", 8), (3, 3)])
+def test_a_batch_size_may_be_a_string_as_in_a_connection_written_as_a_uri(monkeypatch, value, size):
+    extra = {"engine": "transformers", "engine_args": {"gpu_batch_size": value}}
+    assert choose(connect(monkeypatch, extra=extra)).gpu_batch_size == size
+
+
+@pytest.mark.parametrize("value", [2.5, "many", 0, True])
+def test_a_batch_size_that_is_no_whole_number_is_refused(monkeypatch, value):
+    extra = {"engine": "transformers", "engine_args": {"gpu_batch_size": value}}
+    with pytest.raises(ConfigError, match="gpu_batch_size"):
+        choose(connect(monkeypatch, extra=extra))
 
 
 def test_the_label_of_a_mapped_task_names_its_shards():

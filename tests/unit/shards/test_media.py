@@ -224,7 +224,8 @@ def test_a_reference_that_holds_a_picture_is_reported_in_part(data: Path) -> Non
 
 def test_parameters_tell_what_decides_the_pixels_and_nothing_else(data: Path, tmp_path: Path) -> None:
     plain = loader(data).parameters()
-    assert loader(tmp_path, roots=["https://"], max_bytes=5).parameters() == plain
+    assert loader(tmp_path, max_bytes=5).parameters() == plain
+    assert loader(tmp_path, roots=["https://"]).parameters() != plain
     assert loader(data, max_pixels=1000).parameters() != plain
 
 

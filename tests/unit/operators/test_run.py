@@ -1,0 +1,197 @@
+"""What happens around a run: signals, timeouts, a hiccup of Airflow itself, and what the task reports."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk import DAG
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.execution_time.timeout import timeout
+
+from airflow_vlm_provider.errors import ConfigError
+from airflow_vlm_provider.operators import base, storage
+from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
+from airflow_vlm_provider.shards.stores import ObjectInfo
+from demo.drawings import draw
+from tests.support.fakes import ScriptedEngine
+
+TAGS = json.dumps({"tags": ["one", "two", "three", "four", "five"]})
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    import random
+
+    source = tmp_path / "in"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.png").write_bytes(draw(random.Random(number), side=96).encode())
+    rows = [json.dumps({"images": [f"{number % 3}.png"]}) for number in range(400)]
+    for name in "ab":
+        (source / f"{name}.jsonl").write_text("\n".join(rows))
+    prices = {"prompt_price_per_million": 1, "completion_price_per_million": 2}
+    connection = {"conn_type": "vlm", "host": "h", "extra": prices}
+    monkeypatch.setenv("AIRFLOW_CONN_VLM_DEFAULT", json.dumps(connection))
+    return tmp_path
+
+
+@pytest.fixture
+def make(place, monkeypatch):
+    def operator(engine: ScriptedEngine, **given: Any) -> ImageTaggingVLMOperator:
+        monkeypatch.setattr(base, "make_engine", lambda *args, **kwargs: engine)
+        given = {"source": str(place / "in"), "destination": str(place / "out"), **given}
+        return ImageTaggingVLMOperator(task_id="tag", **given)
+
+    return operator
+
+
+def context(**more: Any) -> Any:
+    ti = SimpleNamespace(dag_id="d", run_id="r", task_id="tag", map_index=-1, try_number=1)
+    return {"ti": ti, "outlet_events": {}, **more}
+
+
+def outputs(place) -> list[str]:
+    return sorted(path.name for path in (place / "out").glob("*")) if (place / "out").exists() else []
+
+
+def test_a_second_run_counts_everything_as_cached_and_costs_nothing(make, place):
+    first = make(ScriptedEngine(lambda about: TAGS)).execute(context())
+    assert (first["rows_in"], first["ok"], first["shards"], first["shards_unchanged"]) == (800, 800, 2, 0)
+    assert first["cost_usd"] == pytest.approx(800 * (10 * 1 + 2 * 2) / 1e6)
+    engine = ScriptedEngine(lambda about: TAGS)
+    again = make(engine).execute(context())
+    assert engine.asked == []
+    assert engine.entered == 0
+    assert (again["rows_in"], again["cached"], again["requests"], again["cost_usd"]) == (800, 800, 0, 0.0)
+
+
+def test_told_to_stop_before_it_began_it_sends_nothing(make, place):
+    engine = ScriptedEngine(lambda about: TAGS)
+    task = make(engine)
+    task.on_kill()
+    with pytest.raises(AirflowException, match="told to stop"):
+        task.execute(context())
+    assert engine.asked == []
+
+
+def test_told_to_stop_in_the_middle_it_stops_and_leaves_nothing(make, place):
+    engine = ScriptedEngine(lambda about: TAGS, delay=lambda about: 0.2)
+    task = make(engine)
+    threading.Timer(1.0, task.on_kill).start()
+    with pytest.raises(AirflowException, match="told to stop"):
+        task.execute(context())
+    sent = len(engine.asked)
+    time.sleep(0.5)
+    assert 0 < sent == len(engine.asked) < 400
+    assert outputs(place) == []
+
+
+@pytest.mark.parametrize("seconds", [0.31, 0.52, 0.73, 1.07])
+def test_a_timeout_ends_the_task_wherever_it_comes(make, place, seconds):
+    # As Airflow does with `execution_timeout`: an exception out of a signal handler.
+    engine = ScriptedEngine(lambda about: TAGS, delay=lambda about: 0.02, concurrency=2)
+    task = make(engine)
+    started = time.monotonic()
+    with pytest.raises(BaseException) as caught, timeout(seconds):
+        task.execute(context())
+    assert type(caught.value).__name__ == "AirflowTaskTimeout"
+    assert time.monotonic() - started < seconds + 3
+    sent = len(engine.asked)
+    time.sleep(0.3)
+    assert len(engine.asked) == sent
+    assert outputs(place) == []
+
+
+def test_a_hiccup_of_the_task_state_store_fails_nobody(make, place, monkeypatch):
+    class Down:
+        tried = 0
+
+        def set(self, key: str, value: Any) -> None:
+            self.tried += 1
+            raise RuntimeError("API server: 503")
+
+    monkeypatch.setattr(base, "PROGRESS_SECONDS", 0.1)
+    store = Down()
+    engine = ScriptedEngine(lambda about: TAGS, delay=lambda about: 0.02)
+    assert make(engine).execute(context(task_state_store=store))["ok"] == 800
+    assert store.tried > 3
+
+
+def test_too_many_failures_fail_the_task_after_everything_is_committed(make, place):
+    pushed: dict[str, Any] = {}
+    engine = ScriptedEngine(lambda about: "I can't say.")
+    given = context()
+    given["ti"].xcom_push = lambda key, value: pushed.update({key: value})
+    with pytest.raises(
+        AirflowException, match=r"800 of 800 rows failed \(100.0%\), more than max_error_rate=10.0%"
+    ):
+        make(engine, try_num=1).execute(given)
+    assert outputs(place) == ["_vlm", "a.jsonl", "b.jsonl"]
+    assert (pushed["return_value"]["failed"], pushed["return_value"]["rows_out"]) == (800, 800)
+    assert make(ScriptedEngine(lambda about: TAGS)).execute(context())["ok"] == 800
+
+
+def test_a_destination_that_is_the_source_by_a_link_is_refused(make, place):
+    (place / "out").symlink_to(place / "in")
+    before = (place / "in" / "a.jsonl").read_bytes()
+    with pytest.raises((AirflowFailException, ConfigError), match="replaced by their own output"):
+        make(ScriptedEngine(lambda about: TAGS)).execute(context())
+    assert (place / "in" / "a.jsonl").read_bytes() == before
+    assert not (place / "in" / "_vlm").exists()
+
+
+def test_an_unknown_connection_fails_without_retries(place):
+    task = ImageTaggingVLMOperator(
+        task_id="tag", source=str(place / "in"), destination=str(place / "out"), vlm_conn_id="no_such"
+    )
+    with pytest.raises(AirflowFailException, match="no_such"):
+        task.execute(context())
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"engine": "bogus"}, "engine='bogus'"),
+        ({"max_error_rate": 7}, "max_error_rate=7"),
+        ({"try_num": 0}, "try_num"),
+        ({"source": "s3://b/x", "destination": "s3://b/x/y"}, "lies inside source"),
+    ],
+)
+def test_a_mapped_operator_is_checked_when_the_dag_is_parsed(given, word):
+    with DAG("d"), pytest.raises(ConfigError) as caught:
+        ImageTaggingVLMOperator.partial(
+            task_id="tag", **{"source": "{{ x }}", "destination": "s3://o", **given}
+        )
+    assert word in str(caught.value)
+    # Should it only be made when its task runs, Airflow must not retry it either.
+    assert isinstance(caught.value, AirflowFailException)
+
+
+def test_a_mapped_operator_that_is_right_can_be_mapped_over_anything():
+    with DAG("d") as dag:
+        ImageTaggingVLMOperator.partial(task_id="a", destination="s3://o/").expand(
+            source=["s3://x/", "s3://y/"]
+        )
+        ImageTaggingVLMOperator.partial(task_id="b", source="s3://x/").expand_kwargs(
+            [{"destination": "s3://o/", "try_num": 2}]
+        )
+    assert sorted(dag.task_ids) == ["a", "b"]
+
+
+def test_shards_with_impossible_names_are_left_out_and_the_others_done(monkeypatch, caplog):
+    names = ["d1//odd.jsonl", "d2/a\\b.jsonl", "x" * 1000 + ".jsonl", "good.jsonl", "no-shard.txt"]
+    store = SimpleNamespace(list=lambda: [ObjectInfo(name, 1, "i") for name in names])
+    monkeypatch.setattr("airflow_vlm_provider.shards.opening.locate", lambda uri, s3_client: (store, None))
+    _, found = storage.find_shards("s3://b/", s3_client=None)
+    assert [each.name for each in found] == ["good.jsonl"]
+    assert len([record for record in caplog.records if "Left out a shard" in record.getMessage()]) == 3
+
+
+def test_a_shard_named_outside_the_source_is_refused(place):
+    with pytest.raises(ConfigError, match=r"shards names '\.\./x\.jsonl'"):
+        storage.find_shards(str(place / "in"), ["../x.jsonl"], s3_client=None)
