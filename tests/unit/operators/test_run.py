@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from airflow.sdk.execution_time.timeout import timeout
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.operators import base, storage
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
+from airflow_vlm_provider.progress import Progress
 from airflow_vlm_provider.shards.stores import ObjectInfo
 from demo.drawings import draw
 from tests.support.fakes import ScriptedEngine
@@ -105,6 +108,29 @@ def test_a_timeout_ends_the_task_wherever_it_comes(make, place, seconds):
     time.sleep(0.3)
     assert len(engine.asked) == sent
     assert outputs(place) == []
+
+
+def test_a_timeout_that_comes_while_rows_are_read_is_not_lost(make, place, monkeypatch):
+    begun, plain = 0, Progress.begun
+
+    def alarm(self: Progress) -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 50:
+            os.kill(os.getpid(), signal.SIGALRM)
+        plain(self)
+
+    monkeypatch.setattr(Progress, "begun", alarm)
+    task = make(ScriptedEngine(lambda about: TAGS, delay=lambda about: 0.02, concurrency=2))
+    # Where the exception gets lost, nothing would end the task but this.
+    guard = threading.Timer(20, task.on_kill)
+    guard.start()
+    try:
+        with pytest.raises(BaseException) as caught, timeout(60):
+            task.execute(context())
+    finally:
+        guard.cancel()
+    assert type(caught.value).__name__ == "AirflowTaskTimeout"
 
 
 def test_a_hiccup_of_the_task_state_store_fails_nobody(make, place, monkeypatch):
