@@ -67,8 +67,18 @@ def find_links() -> list[str]:
 
 
 def main(target: str) -> int:
+    if sys.version_info < (3, 10):
+        raise SystemExit(
+            f"This is Python {sys.version.split()[0]}; at least 3.10 is needed: make PYTHON=python3.11 ..."
+        )
     prefix = Path(target).resolve()
-    venv.EnvBuilder(with_pip=True, clear=prefix.exists()).create(prefix)
+    try:
+        venv.EnvBuilder(with_pip=True, clear=prefix.exists()).create(prefix)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            "Python could not put pip into a new environment. On Debian and Ubuntu that part of Python is a package of "
+            f"its own: apt-get install python{sys.version_info.major}.{sys.version_info.minor}-venv"
+        ) from error
     python = prefix / "bin" / "python"
     subprocess.run(
         [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], check=True

@@ -51,7 +51,8 @@ class ShardOperator(BaseOperator):
     :param api_or_hf_model: Model to ask, by the endpoint's name for it or its Hugging Face one; None takes the
         connection's, or else Qwen/Qwen2.5-VL-7B-Instruct (templated).
     :param is_api_model: True asks the connection's endpoint whatever engine the connection names.
-    :param engine: ``openai``, ``vllm`` or ``transformers``; None takes the connection's, or else ``openai``.
+    :param engine: ``openai``, ``transformers`` or ``vllm`` (refused for now: this version does not start vLLM by
+        itself, but ``openai`` asks a running one); None takes the connection's, or else ``openai``.
     :param api_endpoint: Path below the base URL that requests go to, or a full URL (``openai`` engine only).
     :param response_path: Where the text stands in the endpoint's answer, as in ``choices.0.message.content``
         (``openai`` engine only).
@@ -61,8 +62,9 @@ class ShardOperator(BaseOperator):
     :param image_key: Field of the list of image references.
     :param video_key: Field of the list of video references.
     :param meta_key: Field of the dict that takes generated fields.
-    :param media_roots: Prefixes under which media references may resolve; None allows only what lies where the
-        shards are. A relative reference is looked for beside its shard, then below each root (templated).
+    :param media_roots: Where media may be: ``s3://bucket/prefix/``, folders, ``https://host/path/``, or ``https://``
+        for any public host; None allows only what lies where the shards are. A relative reference is looked for
+        beside its shard, then below each root (templated).
     :param max_pixels: Shrink larger images to so many pixels (width x height); None sends them as they are.
     :param max_error_rate: Share of failed rows, from 0 to 1, above which the task fails (after committing).
     :param concurrency: Requests in flight; None takes the connection's ``max_concurrency``.
