@@ -12,6 +12,7 @@ import gzip
 import json
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ui", action="store_true", help="leave Airflow up until Ctrl-C")
     options = parser.parse_args()
+    # However it is told to end, what it started must end with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir()
     with start_s3() as s3:

@@ -67,7 +67,7 @@ def find_links() -> list[str]:
 
 
 def main(target: str) -> int:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - whatever Python the machine has runs this file
         raise SystemExit(
             f"This is Python {sys.version.split()[0]}; at least 3.10 is needed: make PYTHON=python3.11 ..."
         )
