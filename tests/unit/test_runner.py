@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from airflow_vlm_provider import runner as runner_module
+from airflow_vlm_provider import shard_run
 from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, ShardError
 from airflow_vlm_provider.ledger.manifest import Counts, UnaccountedError
 from airflow_vlm_provider.runner import ShardRunner
@@ -264,7 +264,7 @@ def test_a_commit_that_fails_is_noticed_while_the_next_shard_is_read(place, monk
     def full_disk(self: Any, *args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runner_module, "save_manifest", full_disk)
+    monkeypatch.setattr(shard_run, "save_manifest", full_disk)
     engine = ScriptedEngine(delay=lambda about: 0.05, concurrency=4)
     shards = [
         place.shard("a.jsonl", [{"text": "x"}]),
@@ -290,7 +290,7 @@ def test_dead_letters_of_an_attempt_that_never_committed_do_not_stay(place, monk
 
     shard = place.shard("a.jsonl", [{"text": "one"}])
     with monkeypatch.context() as patch:
-        patch.setattr(runner_module, "save_manifest", lambda *args: 1 / 0)
+        patch.setattr(shard_run, "save_manifest", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             place.run(ScriptedEngine(fail), shard)
     assert len(place.errors()) == 1
@@ -319,7 +319,7 @@ def test_the_window_stays_full_across_small_shards(place):
 
 
 def test_finished_rows_that_wait_for_a_slow_one_are_bounded(place, monkeypatch):
-    monkeypatch.setattr(runner_module, "BACKLOG_ROWS", 40)
+    monkeypatch.setattr(shard_run, "BACKLOG_ROWS", 40)
     gate: list[int] = []
     engine = ScriptedEngine(delay=lambda about: 1.0 if about == "t0" else 0.0, concurrency=4)
     engine.answer = lambda about: gate.append(len(engine.asked)) or "x" if about == "t0" else "x"
@@ -329,7 +329,7 @@ def test_finished_rows_that_wait_for_a_slow_one_are_bounded(place, monkeypatch):
 
 
 def test_finished_rows_that_wait_are_bounded_in_bytes(place, monkeypatch):
-    monkeypatch.setattr(runner_module, "BACKLOG_BYTES", 100_000)
+    monkeypatch.setattr(shard_run, "BACKLOG_BYTES", 100_000)
     gate: list[int] = []
     engine = ScriptedEngine(delay=lambda about: 1.0 if about == "t0" else 0.0, concurrency=4)
     engine.answer = lambda about: gate.append(len(engine.asked)) or "x" if about == "t0" else "x"
