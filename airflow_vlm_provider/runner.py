@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_vlm_provider.errors import ShardError
 from airflow_vlm_provider.ledger.manifest import Manifest, fingerprint, load_manifest
 from airflow_vlm_provider.progress import Progress
-from airflow_vlm_provider.shard_run import ShardRun
+from airflow_vlm_provider.shard_run import Job, ShardRun
 from airflow_vlm_provider.types import Usage
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class ShardRunner:
             media=dict(media.parameters()),
         )
         # A little more than the engine keeps in flight, so that the next requests stand ready, media loaded.
-        ahead = engine.concurrency + max(8, engine.concurrency // 2)
-        self._samples = ahead
-        self._requests = ahead
+        self._ahead = engine.concurrency + max(8, engine.concurrency // 2)
         self.progress = Progress(shards=0, total_bytes=0)
 
     def committed(self, shard: ObjectInfo) -> Manifest | None:
@@ -97,12 +95,26 @@ class ShardRunner:
         reading, opened = asyncio.Semaphore(1), asyncio.Semaphore(OPEN_SHARDS)
         failed = asyncio.Event()
         threads = ThreadPoolExecutor(self._thread_count(), thread_name_prefix="vlm-io")
+        job = Job(
+            step=self.step,
+            engine=self.engine,
+            source=self.source,
+            destination=self.destination,
+            media=self.media,
+            fingerprint=self.fingerprint,
+            cost=self.cost,
+            written_by=self.written_by,
+            progress=self.progress,
+            threads=threads,
+            active=asyncio.Semaphore(self._ahead),
+            loaded=asyncio.Semaphore(self._ahead),
+        )
         tasks: list[asyncio.Task[Manifest | None]] = []
         unreadable: list[str] = []
 
         async def run_one(shard: ObjectInfo) -> Manifest | None:
             try:
-                return await ShardRun(self, shard, threads, active, loaded).run(when_read=reading.release)
+                return await ShardRun(job, shard).run(when_read=reading.release)
             except ShardError as error:
                 log.error("%s", error)
                 unreadable.append(str(error))
@@ -113,7 +125,6 @@ class ShardRunner:
             finally:
                 opened.release()
 
-        active, loaded = asyncio.Semaphore(self._samples), asyncio.Semaphore(self._requests)
         try:
             for shard in shards:
                 await _first(opened.acquire(), failed.wait())
@@ -138,7 +149,7 @@ class ShardRunner:
         # Local files cost processor time, remote ones waiting time.
         if self.source.uri.startswith("file:") and not self.media.remote:
             return min(8, (os.cpu_count() or 1) + 2)
-        return min(64, self._requests)
+        return min(64, self._ahead)
 
     def cost(self, usage: Usage) -> float | None:
         """US dollars for a usage, by the prices."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
@@ -23,14 +23,16 @@ import airflow_vlm_provider
 from airflow_vlm_provider.errors import SampleError, ShardError, VLMError
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters
 from airflow_vlm_provider.ledger.manifest import Counts, Manifest, save_manifest
-from airflow_vlm_provider.progress import CountingReader
+from airflow_vlm_provider.progress import CountingReader, Progress
 from airflow_vlm_provider.shards.formats import RowWriter, shard_format
 from airflow_vlm_provider.shards.stores import StoreError
 from airflow_vlm_provider.types import Answer, MediaRef, Outcome, Request, Result, Sample, Usage
 
 if TYPE_CHECKING:
-    from airflow_vlm_provider.runner import ShardRunner
-    from airflow_vlm_provider.shards.stores import ObjectInfo
+    from airflow_vlm_provider.engines.base import Engine
+    from airflow_vlm_provider.shards.media import MediaLoader
+    from airflow_vlm_provider.shards.stores import ObjectInfo, Store
+    from airflow_vlm_provider.steps.base import Step
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +48,38 @@ BACKLOG_BYTES = 64 * 1024 * 1024
 STOP_SECONDS = 2.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all shards of a run have in common.
+
+    :param fingerprint: Of step, engine and media, for the manifests.
+    :param cost: US dollars for a usage; None when prices are not known.
+    :param written_by: Who runs this, for the manifests.
+    :param threads: Where everything runs that blocks.
+    :param active: Bounds the samples that are worked on at once.
+    :param loaded: Bounds the requests whose media are in memory.
+    """
+
+    step: Step
+    engine: Engine
+    source: Store
+    destination: Store
+    media: MediaLoader
+    fingerprint: str
+    cost: Callable[[Usage], float | None]
+    written_by: Mapping[str, Any]
+    progress: Progress
+    threads: Executor
+    active: asyncio.Semaphore
+    loaded: asyncio.Semaphore
+
+
 class ShardRun:
     """One shard on its way. Made anew for every shard, because all of its state is that shard's."""
 
-    def __init__(
-        self,
-        runner: ShardRunner,
-        shard: ObjectInfo,
-        threads: Executor,
-        active: asyncio.Semaphore,
-        loaded: asyncio.Semaphore,
-    ) -> None:
-        self.runner = runner
+    def __init__(self, job: Job, shard: ObjectInfo) -> None:
+        self.job = job
         self.shard = shard
-        self.threads = threads
-        self.active = active
-        self.loaded = loaded
         self.counts = Counts()
         self.dead = DeadLetters()
         self.tasks: asyncio.Queue[asyncio.Task[Outcome] | None] = asyncio.Queue(maxsize=BACKLOG_ROWS)
@@ -80,7 +98,7 @@ class ShardRun:
         output = ExitStack()
         try:
             stream = await self._in_thread(
-                lambda: output.enter_context(self.runner.destination.create(self.shard.name))
+                lambda: output.enter_context(self.job.destination.create(self.shard.name))
             )
             rows = output.enter_context(form.writer(stream))
             self.reading = asyncio.create_task(self._read())
@@ -104,26 +122,26 @@ class ShardRun:
 
     async def _read(self) -> None:
         """Begin the rows one after another, as fast as the bounds allow."""
-        runner, loop = self.runner, asyncio.get_running_loop()
+        job, loop = self.job, asyncio.get_running_loop()
         try:
             # When cancelled, the thread that reads is not waited for: a store that hangs would hold up the end.
-            stream = await loop.run_in_executor(self.threads, lambda: runner.source.open(self.shard.name))
-            counted = CountingReader(stream, runner.progress.read)
+            stream = await loop.run_in_executor(self.job.threads, lambda: job.source.open(self.shard.name))
+            counted = CountingReader(stream, job.progress.read)
             samples = shard_format(self.shard.name).read(counted)  # type: ignore[arg-type]
-            while batch := await loop.run_in_executor(self.threads, lambda: list(_batch(samples))):
+            while batch := await loop.run_in_executor(self.job.threads, lambda: list(_batch(samples))):
                 for sample in batch:
                     await self._begin(sample)
             await self.tasks.put(None)
             stream.close()
         except (ShardError, StoreError, FileNotFoundError, PermissionError) as error:
-            self._fail(ShardError(f"{runner.source.uri}{self.shard.name} can't be read: {error}"))
+            self._fail(ShardError(f"{job.source.uri}{self.shard.name} can't be read: {error}"))
         except Exception as error:
             self._fail(error)
 
     async def _begin(self, sample: Sample) -> None:
         self.counts.rows_in += 1
-        self.runner.progress.begun()
-        await self.active.acquire()
+        self.job.progress.begun()
+        await self.job.active.acquire()
         while self.backlog_bytes > BACKLOG_BYTES:
             self.drained.clear()
             await self.drained.wait()
@@ -135,7 +153,7 @@ class ShardRun:
 
     def _ended(self, task: asyncio.Task[Outcome]) -> None:
         self.running.discard(task)
-        self.active.release()
+        self.job.active.release()
         # An error that stops the shard is raised once, by run(); here it only counts as seen.
         if not task.cancelled():
             task.exception()
@@ -152,16 +170,14 @@ class ShardRun:
             self._fail(error)
             raise
         except Exception as error:
-            log.exception(
-                "Row %s of %s broke the step %s", sample.index, self.shard.name, self.runner.step.name
-            )
+            log.exception("Row %s of %s broke the step %s", sample.index, self.shard.name, self.job.step.name)
             message = f"{type(error).__name__} in the step itself; the task log has the traceback"
             return Outcome(sample, "failed", error=SampleError("internal", message))
 
     async def _drive(self, sample: Sample) -> Outcome:
         """Run the step's generator, answering what it asks."""
         usage = Usage()
-        run = self.runner.step.process(sample)
+        run = self.job.step.process(sample)
         try:
             requests = next(run)
             while True:
@@ -197,18 +213,18 @@ class ShardRun:
             return error
 
     async def _ask(self, request: Request) -> Answer:
-        async with self.loaded:
+        async with self.job.loaded:
             if any(isinstance(part, MediaRef) for part in request.parts):
-                load = self.runner.media.load
+                load = self.job.media.load
                 parts = await asyncio.get_running_loop().run_in_executor(
-                    self.threads,
+                    self.job.threads,
                     lambda: tuple(
                         load(part, shard=self.shard.name) if isinstance(part, MediaRef) else part
                         for part in request.parts
                     ),
                 )
                 request = dataclasses.replace(request, parts=parts)
-            return await self.runner.engine.ask(request)
+            return await self.job.engine.ask(request)
 
     async def _write(self, rows: RowWriter) -> None:
         """Write finished rows in the order in which they were read."""
@@ -237,7 +253,7 @@ class ShardRun:
             return
         await self._in_thread(lambda: self._write_rows(rows, batch))
         for outcome in batch:
-            self.runner.progress.wrote(outcome)
+            self.job.progress.wrote(outcome)
             self.backlog_bytes -= len(outcome.sample.raw)
         self.drained.set()
 
@@ -258,38 +274,38 @@ class ShardRun:
 
     def _commit(self, output: ExitStack, started: datetime) -> Manifest:
         """Make the output visible, then the dead letters, then the manifest. Runs in a thread."""
-        runner, shard, step = self.runner, self.shard.name, self.runner.step.name
+        job, shard, step = self.job, self.shard.name, self.job.step.name
         self.counts.check()
-        self.counts.cost_usd = runner.cost(self.counts.usage)
+        self.counts.cost_usd = job.cost(self.counts.usage)
         if self._identity_now() != self.shard.identity:
             raise ShardError(
-                f"{runner.source.uri}{shard} was replaced or deleted while it was read. Nothing was committed for it; "
+                f"{job.source.uri}{shard} was replaced or deleted while it was read. Nothing was committed for it; "
                 "the task's retry reads what is there then."
             )
         output.close()
-        errors = self.dead.save(runner.destination, shard, step)
+        errors = self.dead.save(job.destination, shard, step)
         manifest = Manifest(
             counts=self.counts,
-            model=runner.engine.model,
-            fingerprint=runner.fingerprint,
-            input={"uri": runner.source.uri + shard, "identity": self.shard.identity},
+            model=job.engine.model,
+            fingerprint=job.fingerprint,
+            input={"uri": job.source.uri + shard, "identity": self.shard.identity},
             output={
-                "uri": runner.destination.uri + shard,
-                "identity": runner.destination.stat(shard).identity,
+                "uri": job.destination.uri + shard,
+                "identity": job.destination.stat(shard).identity,
             },
-            errors=None if errors is None else runner.destination.uri + errors,
+            errors=None if errors is None else job.destination.uri + errors,
             started_at=started.isoformat(timespec="seconds"),
             finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             provider_version=airflow_vlm_provider.__version__,
-            written_by=runner.written_by,
+            written_by=job.written_by,
         )
-        save_manifest(runner.destination, shard, step, manifest)
-        runner.progress.shards_done += 1
+        save_manifest(job.destination, shard, step, manifest)
+        job.progress.shards_done += 1
         return manifest
 
     def _identity_now(self) -> str | None:
         try:
-            return self.runner.source.stat(self.shard.name).identity
+            return self.job.source.stat(self.shard.name).identity
         except FileNotFoundError:
             return None
 
@@ -315,7 +331,7 @@ class ShardRun:
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         """Run what blocks in a thread. When cancelled meanwhile, wait for it a little: half a write helps nobody."""
-        future = asyncio.get_running_loop().run_in_executor(self.threads, function)
+        future = asyncio.get_running_loop().run_in_executor(self.job.threads, function)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
