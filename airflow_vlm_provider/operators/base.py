@@ -199,7 +199,9 @@ class ShardOperator(BaseOperator):
             try:
                 return future.result()
             except BaseException:
-                self.on_kill()
+                # Unless it is the run itself that failed, it still runs.
+                if not future.done():
+                    self.on_kill()
                 raise
 
     def on_kill(self) -> None:

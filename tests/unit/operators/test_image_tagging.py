@@ -53,7 +53,10 @@ def test_wrong_parameters_fail_when_the_dag_is_parsed(given, words):
 
 
 def test_what_is_templated_is_not_judged_before_it_is_rendered():
-    operator(source="{{ params.here }}", destination="{{ params.here }}")
+    task = operator(source="{{ params.here }}", destination="{{ params.here }}")
+    task.render_template_fields({"params": {"here": "s3://b/in/"}})
+    with pytest.raises(ConfigError, match="replaced by their own output"):
+        check_destination(task.source, task.destination)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from airflow.sdk import DAG
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from airflow.sdk.execution_time.timeout import timeout
 
-from airflow_vlm_provider.errors import ConfigError
+from airflow_vlm_provider.errors import ConfigError, EngineError
 from airflow_vlm_provider.operators import base, storage
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 from airflow_vlm_provider.progress import Progress
@@ -71,6 +71,19 @@ def test_a_second_run_counts_everything_as_cached_and_costs_nothing(make, place)
     assert engine.asked == []
     assert engine.entered == 0
     assert (again["rows_in"], again["cached"], again["requests"], again["cost_usd"]) == (800, 800, 0, 0.0)
+
+
+def test_a_task_that_failed_can_run_again(make, place):
+    def answer(about: Any) -> str:
+        if len(engine.asked) == 1:
+            raise EngineError("gone")
+        return TAGS
+
+    engine = ScriptedEngine(answer, concurrency=1)
+    task = make(engine)
+    with pytest.raises(EngineError):
+        task.execute(context())
+    assert task.execute(context())["ok"] == 800
 
 
 def test_told_to_stop_before_it_began_it_sends_nothing(make, place):
