@@ -20,6 +20,21 @@ class VLMError(Exception):
     """Base of everything that this package raises on purpose."""
 
 
+# What failed like this fails again for as long as the media, the row and the parameters stay the same.
+LASTING_KINDS = frozenset(
+    {
+        "malformed_row",
+        "media_missing",
+        "media_corrupt",
+        "media_refused",
+        "media_too_large",
+        "media_unsupported",
+    }
+)
+# What the model itself said no to, or said nothing useful about: asking again may end otherwise, and costs.
+ANSWERED_KINDS = frozenset({"unparsable", "refused", "rejected"})
+
+
 class SampleError(VLMError):
     """A sample failed for its own sake: it becomes a dead letter and the shard goes on.
 

@@ -24,7 +24,7 @@ from airflow_vlm_provider.errors import SampleError, ShardError, VLMError
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters
 from airflow_vlm_provider.ledger.manifest import Counts, Manifest, save_manifest
 from airflow_vlm_provider.progress import CountingReader, Progress
-from airflow_vlm_provider.shards.formats import RowWriter, shard_format
+from airflow_vlm_provider.shards.formats import RowKeys, RowWriter, shard_format
 from airflow_vlm_provider.shards.stores import StoreError
 from airflow_vlm_provider.types import Answer, MediaRef, Outcome, Request, Result, Sample, Usage
 
@@ -145,7 +145,7 @@ class ShardRun:
         while self.backlog_bytes > BACKLOG_BYTES:
             self.drained.clear()
             await self.drained.wait()
-        self.backlog_bytes += len(sample.raw)
+        self.backlog_bytes += sample.size
         task = asyncio.create_task(self._one(sample))
         self.running.add(task)
         task.add_done_callback(self._ended)
@@ -254,21 +254,20 @@ class ShardRun:
         await self._in_thread(lambda: self._write_rows(rows, batch))
         for outcome in batch:
             self.job.progress.wrote(outcome)
-            self.backlog_bytes -= len(outcome.sample.raw)
+            self.backlog_bytes -= outcome.sample.size
         self.drained.set()
 
     def _write_rows(self, rows: RowWriter, batch: Iterable[Outcome]) -> None:
         for outcome in batch:
             written = 0
             if outcome.status in ("ok", "cached"):
-                for row in outcome.rows:
-                    rows.write(row)
+                rows.write(outcome.sample, outcome.rows)
                 written = len(outcome.rows)
             else:
                 if outcome.status == "failed":
                     self.dead.add(outcome)
                 if outcome.sample.row is not None:
-                    rows.write_raw(outcome.sample.raw)
+                    rows.write_unchanged(outcome.sample)
                     written = 1
             self.counts.add(outcome, rows_out=written)
 
@@ -344,6 +343,6 @@ def _batch(samples: Iterator[Sample]) -> Iterator[Sample]:
     size = 0
     for sample in islice(samples, READ_BATCH_ROWS):
         yield sample
-        size += len(sample.raw)
+        size += sample.size
         if size >= READ_BATCH_BYTES:
             return

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 MediaKind = Literal["image", "video"]
 Status = Literal["ok", "cached", "skipped", "failed"]
+# URIs in the order in which they were looked at, each with the identity that its store gave it (see ``ObjectInfo``),
+# None where there was nothing, and "" where identities are not to be had (http).
+Looked = tuple[tuple[str, str | None], ...]
 Row = dict[str, Any]
 
 
@@ -34,16 +37,27 @@ class Sample:
     :param index: Place among the shard's rows, from 0; malformed rows count too.
     :param line: Where a person finds it: the line number, from 1, in a line-based format.
     :param row: The parsed fields, or None when the row could not be parsed.
-    :param raw: The row's bytes as they stood in the shard, without the line end. An unchanged row is written
-        back from these, so that nothing about it changes.
+    :param raw: In a line-based format, the row's bytes as they stood in the shard, without the line end. An
+        unchanged row is written back from these, so that nothing about it changes. Empty in other formats.
     :param error: Why ``row`` is None.
+    :param key: The name that the shard itself gives the sample, as a WebDataset tar does; None where rows have none.
+    :param embedded: Media that the shard holds itself, by the reference that stands for them in ``row``.
+    :param origin: What the format needs to write the sample back as it was; nobody else's to look at.
     """
 
     index: int
     line: int
     row: Row | None
-    raw: bytes
+    raw: bytes = field(default=b"", repr=False)
     error: str | None = None
+    key: str | None = None
+    embedded: Mapping[str, bytes] = field(default_factory=dict, repr=False)
+    origin: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of memory the sample keeps occupied."""
+        return len(self.raw) + sum(len(data) for data in self.embedded.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +66,23 @@ class MediaRef:
 
     kind: MediaKind
     ref: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceMedia:
+    """A media file as it was found: not yet checked, nor made fit for a model.
+
+    :param data: The file's bytes.
+    :param digest: SHA-256 of ``data``, in hexadecimal: what an answer about it is found by.
+    :param looked: Where it was looked for, in order, each with the identity of what was there; see
+        :data:`Looked`. Empty for media that a shard embeds.
+    """
+
+    kind: MediaKind
+    ref: str
+    data: bytes = field(repr=False)
+    digest: str
+    looked: Looked = ()
 
 
 @dataclass(frozen=True, slots=True)

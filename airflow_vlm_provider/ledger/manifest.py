@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, BinaryIO, Protocol
 
 from airflow_vlm_provider.errors import VLMError
@@ -25,6 +25,23 @@ class Files(Protocol):
     def read(self, name: str, *, max_bytes: int) -> bytes: ...
 
     def create(self, name: str) -> AbstractContextManager[BinaryIO]: ...
+
+    def list(self, folder: str = "") -> Iterator[FileInfo]: ...
+
+    def delete(self, name: str) -> None: ...
+
+
+class FileInfo(Protocol):
+    """A file's listing entry."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def modified(self) -> float: ...
 
 
 class UnaccountedError(VLMError):
@@ -95,6 +112,12 @@ class Manifest:
     :param counts: Stands at the top level of the JSON.
     :param model: The model that was asked.
     :param fingerprint: Hash of everything besides the input that decides the output.
+    :param parameters: What the fingerprint is made of: ``step``, ``engine`` and ``media``, each with its parameters.
+    :param kinds: How many rows failed by kind of dead letter.
+    :param journal: Names, below the shard's ledger folder, of the journal segments that hold every answer that the
+        output was made from.
+    :param media: Name, below the shard's ledger folder, of the record of what media there were; None when the rows
+        refer to none.
     :param input: ``uri`` and ``identity`` of the shard that was read.
     :param output: ``uri`` of what was written.
     :param errors: URI of the dead letters; None when there are none.
@@ -111,6 +134,10 @@ class Manifest:
     started_at: str
     finished_at: str
     provider_version: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    journal: Sequence[str] = ()
+    media: str | None = None
     written_by: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +152,9 @@ class Manifest:
         :raises KeyError: a field is missing.
         """
         counts = {f.name: data[f.name] for f in fields(Counts)}
-        own = {f.name: data[f.name] for f in fields(cls) if f.name not in ("counts", "written_by")}
+        required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+        known = {f.name for f in fields(cls)} - {"counts", "written_by"}
+        own = {name: data[name] for name in known if name in required or name in data}
         rest = {key: value for key, value in data.items() if key not in counts and key not in own}
         return cls(counts=Counts(**counts), written_by=rest, **own)
 

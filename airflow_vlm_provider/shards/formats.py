@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import BinaryIO, Protocol
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.compression import Gzip, Zstandard
@@ -12,18 +13,54 @@ from airflow_vlm_provider.shards.jsonl import JsonLines
 from airflow_vlm_provider.types import Row, Sample
 
 
+@dataclass(frozen=True, slots=True)
+class RowKeys:
+    """What the fields of a row are called that a format without fields of its own makes."""
+
+    text: str = "text"
+    image: str = "images"
+    video: str = "videos"
+
+
 class RowWriter(Protocol):
-    """Takes the rows of one shard in order."""
+    """Takes the samples of one shard in order, each in one call of one of the two."""
 
-    def write(self, row: Row) -> None:
+    def write(self, sample: Sample, rows: Sequence[Row]) -> None:
         """
-        Write a row.
+        Write what a step made of a sample in its place: no row, one or several.
 
-        :raises TypeError, ValueError: The format cannot hold one of the row's values.
+        A field that a row shares with ``sample.row`` (the very same object) is written as it stood in the shard.
+
+        :raises TypeError, ValueError: The format cannot hold one of the values.
         """
 
-    def write_raw(self, raw: bytes) -> None:
-        """Write a row that was not changed: a :attr:`Sample.raw` of a shard of the same format."""
+    def write_unchanged(self, sample: Sample) -> None:
+        """Write a sample back as it was."""
+
+
+class ShardReader(Protocol):
+    """An open shard."""
+
+    @property
+    def embeds_media(self) -> bool:
+        """Whether the shard holds media itself, so that writing it again copies them."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        """
+        Yield the samples in order, once, holding only a few in memory.
+
+        A row that cannot be parsed is a sample without ``row``; reading goes on with the next.
+
+        :raises ShardError: The shard as a whole is truncated or corrupt.
+        """
+
+    def writer(self, stream: BinaryIO, *, generated: Mapping[str, Any]) -> AbstractContextManager[RowWriter]:
+        """
+        Write a shard like this one: same format, compression, types and metadata.
+
+        :param stream: Takes the shard's bytes, which are complete when the context has ended; the caller closes it.
+        :param generated: The fields that are added, each with the JSON schema of its values.
+        """
 
 
 class ShardFormat(Protocol):
@@ -33,22 +70,16 @@ class ShardFormat(Protocol):
     def suffixes(self) -> tuple[str, ...]:
         """The endings, in lower case, by which a shard's name tells this format."""
 
-    def read(self, stream: BinaryIO) -> Iterator[Sample]:
+    @property
+    def seekable(self) -> bool:
+        """Whether :meth:`open` needs a stream that can be read here and there, and not only to its end."""
+
+    def open(self, stream: BinaryIO, *, keys: RowKeys) -> AbstractContextManager[ShardReader]:
         """
-        Yield the rows in order, holding only a few in memory.
+        Open a shard.
 
-        A row that cannot be parsed is a sample without ``row``; reading goes on with the next.
-
-        :param stream: The shard's bytes; the caller closes it.
-        :raises ShardError: The shard as a whole is truncated or corrupt.
-        """
-
-    def writer(self, stream: BinaryIO) -> AbstractContextManager[RowWriter]:
-        """
-        Write a shard in the same format and compression as is read.
-
-        :param stream: Takes the shard's bytes, which are complete when the context has ended; the caller
-            closes it.
+        :param stream: The shard's bytes; the caller closes it, after the context.
+        :raises ShardError: It is no shard of this format.
         """
 
 
@@ -77,6 +108,20 @@ def shard_format(name: str) -> ShardFormat:
 def is_shard(name: str) -> bool:
     """Tell whether a name is that of a shard in a supported format."""
     return _find(name) is not None
+
+
+def shard_stem(name: str) -> str:
+    """
+    Return a shard's name without the suffix of its format.
+
+    :raises ConfigError: The suffix is none of a supported format.
+    """
+    lowered = name.lower()
+    suffix = max(
+        (suffix for suffix in shard_format(name).suffixes if lowered.endswith(suffix)),
+        key=len,
+    )
+    return name[: -len(suffix)]
 
 
 def _find(name: str) -> ShardFormat | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn, cast
@@ -37,9 +37,25 @@ class JsonLines:
     suffixes: tuple[str, ...]
     codec: Codec | None = None
     max_row_bytes: int = MAX_ROW_BYTES
+    seekable = False
 
-    def read(self, stream: BinaryIO) -> Iterator[Sample]:
-        raw = stream if self.codec is None else DecompressingReader(stream, self.codec)
+    @contextlib.contextmanager
+    def open(self, stream: BinaryIO, *, keys: object = None) -> Iterator[JsonLinesReader]:  # noqa: ARG002
+        yield JsonLinesReader(stream, self.codec, self.max_row_bytes)
+
+
+class JsonLinesReader:
+    """An open shard of JSON Lines."""
+
+    embeds_media = False
+
+    def __init__(self, stream: BinaryIO, codec: Codec | None, max_row_bytes: int) -> None:
+        self._stream = stream
+        self._codec = codec
+        self.max_row_bytes = max_row_bytes
+
+    def __iter__(self) -> Iterator[Sample]:
+        raw = self._stream if self._codec is None else DecompressingReader(self._stream, self._codec)
         lines = io.BufferedReader(cast("io.RawIOBase", raw), BUFFER_BYTES)
         try:
             yield from self._samples(lines)
@@ -49,8 +65,8 @@ class JsonLines:
             with contextlib.suppress(ValueError):
                 lines.detach()
 
-    def writer(self, stream: BinaryIO) -> JsonLinesWriter:
-        return JsonLinesWriter(stream, self.codec)
+    def writer(self, stream: BinaryIO, *, generated: Mapping[str, Any]) -> JsonLinesWriter:  # noqa: ARG002
+        return JsonLinesWriter(stream, self._codec)
 
     def _samples(self, lines: BinaryIO) -> Iterator[Sample]:
         index = 0
@@ -104,16 +120,20 @@ class JsonLinesWriter:
         if kind is None and self._compressor is not None:
             self._stream.write(self._compressor.flush())
 
-    def write(self, row: Row) -> None:
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-        try:
-            line = text.encode()
-        except UnicodeEncodeError:
-            # A lone surrogate has no UTF-8; JSON can hold it as an escape.
-            line = json.dumps(row, allow_nan=False).encode()
-        self.write_raw(line)
+    def write(self, sample: Sample, rows: Sequence[Row]) -> None:  # noqa: ARG002
+        for row in rows:
+            text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+            try:
+                line = text.encode()
+            except UnicodeEncodeError:
+                # A lone surrogate has no UTF-8; JSON can hold it as an escape.
+                line = json.dumps(row, allow_nan=False).encode()
+            self._write_line(line)
 
-    def write_raw(self, raw: bytes) -> None:
+    def write_unchanged(self, sample: Sample) -> None:
+        self._write_line(sample.raw)
+
+    def _write_line(self, raw: bytes) -> None:
         line = raw + b"\n"
         self._stream.write(line if self._compressor is None else self._compressor.compress(line))
 

@@ -8,9 +8,9 @@ percent-decoded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
 from airflow_vlm_provider.errors import ConfigError, VLMError
@@ -48,11 +48,13 @@ class ObjectInfo:
     :param size: Size in bytes.
     :param identity: Differs whenever the content was replaced: ETag and size on S3, size and modification
         time on a local disk. Only for comparing with another identity of the same store.
+    :param modified: When it was last written, in seconds since 1970; 0.0 where the storage does not say.
     """
 
     name: str
     size: int
     identity: str
+    modified: float = field(default=0.0, compare=False)
 
 
 class Store(Protocol):
@@ -68,12 +70,14 @@ class Store(Protocol):
     def uri(self) -> str:
         """The root, normalised and with a trailing slash: ``s3://bucket/prefix/``, ``file:///data/images/``."""
 
-    def list(self) -> Iterator[ObjectInfo]:
+    def list(self, folder: str = "") -> Iterator[ObjectInfo]:
         """
-        Yield every object below the root, sorted by name.
+        Yield every object below the root, or below a folder of it, sorted by name (which is relative to the root).
 
         Names with a component that begins with ``_`` or ``.`` are no data and are left out (Hive's and
-        Spark's convention). A local root that does not exist has no objects, as a prefix on S3.
+        Spark's convention), not counting the components of ``folder`` itself. What does not exist has no objects.
+
+        :param folder: Name of the folder, without a trailing slash; empty for the root.
 
         :raises OutsideRootError: A symbolic link leads out of the root.
         """
@@ -83,6 +87,15 @@ class Store(Protocol):
         Look one object up.
 
         :raises IsADirectoryError: The name is a directory's.
+        """
+
+    def stat_many(self, names: Iterable[str]) -> Iterator[tuple[str, ObjectInfo | None]]:
+        """
+        Look many objects up, as :meth:`stat` would, with as few requests as listing their folders takes.
+
+        :param names: Names, sorted, each at most once; consumed as they are answered.
+        :return: Each name with its entry, in order; None where there is no such object, a directory has the name,
+            or no object can have it.
         """
 
     def open(self, name: str) -> BinaryIO:
@@ -95,9 +108,21 @@ class Store(Protocol):
         :raises ObjectChangedError: (when reading) the object was replaced or deleted in the meantime.
         """
 
+    def open_seekable(self, name: str) -> BinaryIO:
+        """
+        Open an object for reading here and there, unbuffered; the caller closes it.
+
+        All reads are of the version that was there when it was opened: otherwise :meth:`open`'s promises hold.
+        """
+
     def read(self, name: str, *, max_bytes: int) -> bytes:
         """
-        Return a whole small object.
+        Return a whole small object: the first of what :meth:`fetch` returns.
+        """
+
+    def fetch(self, name: str, *, max_bytes: int) -> tuple[bytes, ObjectInfo]:
+        """
+        Return a whole small object, and the entry of the very version that the bytes are of.
 
         :param max_bytes: Most bytes to take; a larger object is refused before more than that is transferred.
         :raises ObjectTooLargeError: The object is larger than ``max_bytes``.
@@ -112,6 +137,9 @@ class Store(Protocol):
         raises, nothing becomes visible and nothing is left over. Of two writers at once the last to finish
         wins whole.
         """
+
+    def delete(self, name: str) -> None:
+        """Remove an object; it is no error when there is none."""
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:

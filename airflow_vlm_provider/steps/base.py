@@ -28,8 +28,18 @@ class Step(Protocol):
     name: str
     """Names the step's folder in the ledger; letters, digits, ``-`` and ``_``."""
 
+    asking: frozenset[str]
+    """Names of the :meth:`parameters` that decide what is asked. When only others changed, the answers that are
+    there already serve again."""
+
     def parameters(self) -> Mapping[str, Any]:
         """Everything that decides what the step asks and writes, as JSON values: part of the fingerprint."""
+
+    def generated(self) -> Mapping[str, Any]:
+        """The fields that the step writes, each with the JSON schema of its values, for formats that have types.
+
+        Values may always be null. Of an object that may have other properties too, those of the step's.
+        """
 
     def process(self, sample: Sample) -> StepRun:
         """Take one sample from row to rows.

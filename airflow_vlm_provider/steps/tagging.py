@@ -70,6 +70,18 @@ class TaggingStep:
     """
 
     name = "image_tagging"
+    asking = frozenset(
+        {
+            "system_prompt",
+            "input_template",
+            "special_tokens",
+            "schema",
+            "sampling",
+            "retry_temperature",
+            "text_key",
+            "image_key",
+        }
+    )
 
     def __init__(
         self,
@@ -129,6 +141,20 @@ class TaggingStep:
             "meta_key": self.meta_key,
             "parser_version": PARSER_VERSION,
         }
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> TaggingStep:
+        """The step whose :meth:`parameters` these are, as this version of the package parses answers."""
+        names = ("tag_field_name", "system_prompt", "input_template", "try_num", "special_tokens")
+        keys = ("text_key", "image_key", "meta_key")
+        # The defaults stand in the recorded sampling already: what is not there was removed on purpose.
+        sampling = {**dict.fromkeys(DEFAULT_SAMPLING), **parameters["sampling"]}
+        return cls(sampling_params=sampling, **{name: parameters[name] for name in (*names, *keys)})
+
+    def generated(self) -> Mapping[str, Any]:
+        """See :class:`~airflow_vlm_provider.steps.base.Step`."""
+        tags = {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}
+        return {self.meta_key: {"type": "object", "properties": {self.tag_field_name: tags}}}
 
     def process(self, sample: Sample) -> StepRun:
         """Take one sample from row to tagged row; the given row is left as it is.
