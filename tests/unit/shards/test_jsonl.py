@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
@@ -13,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airflow_vlm_provider.errors import ConfigError
-from airflow_vlm_provider.shards.formats import is_shard, shard_format
-from airflow_vlm_provider.shards.jsonl import MAX_DEPTH, JsonLines
+from airflow_vlm_provider.shards.formats import RowKeys, is_shard, shard_format, shard_stem
+from airflow_vlm_provider.shards.jsonl import MAX_DEPTH, JsonLines, JsonLinesWriter
 from airflow_vlm_provider.types import Sample
 
 # A busy machine is no failure.
@@ -32,15 +33,30 @@ values = st.recursive(
 rows = st.dictionaries(texts, values, max_size=5)
 
 
+def samples_of(stream: BinaryIO, name: str = "a.jsonl", form: JsonLines | None = None) -> Iterator[Sample]:
+    with (form or shard_format(name)).open(stream, keys=RowKeys()) as reader:
+        yield from reader
+
+
 def read(data: bytes, form: JsonLines | None = None) -> list[Sample]:
-    return list((form or shard_format("a.jsonl")).read(io.BytesIO(data)))
+    return list(samples_of(io.BytesIO(data), form=form))
+
+
+@contextlib.contextmanager
+def writing(stream: BinaryIO, name: str = "a.jsonl") -> Iterator[JsonLinesWriter]:
+    with (
+        shard_format(name).open(io.BytesIO(), keys=RowKeys()) as reader,
+        reader.writer(stream, generated={}) as writer,
+    ):
+        assert isinstance(writer, JsonLinesWriter)
+        yield writer
 
 
 def write(name: str, *rows: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
-    with shard_format(name).writer(stream) as writer:
-        for row in rows:
-            writer.write(row)
+    with writing(stream, name) as writer:
+        for index, row in enumerate(rows):
+            writer.write(Sample(index=index, line=index + 1, row={}), [row])
     return stream.getvalue()
 
 
@@ -49,7 +65,7 @@ def write(name: str, *rows: dict[str, Any]) -> bytes:
 @given(written=st.lists(rows, max_size=5))
 def test_rows_come_back_as_they_were_written(suffix: str, written: list[dict[str, Any]]) -> None:
     stream = io.BytesIO(write("shard" + suffix, *written))
-    samples = list(shard_format("shard" + suffix).read(stream))
+    samples = list(samples_of(stream, "shard" + suffix))
     assert [sample.row for sample in samples] == written
     assert [sample.index for sample in samples] == list(range(len(written)))
 
@@ -59,9 +75,9 @@ def test_rows_come_back_as_they_were_written(suffix: str, written: list[dict[str
 def test_untouched_rows_keep_their_bytes(written: list[dict[str, Any]]) -> None:
     original = write("a.jsonl", *written)
     copy = io.BytesIO()
-    with shard_format("a.jsonl").writer(copy) as writer:
+    with writing(copy) as writer:
         for sample in read(original):
-            writer.write_raw(sample.raw)
+            writer.write_unchanged(sample)
     assert copy.getvalue() == original
 
 
@@ -69,15 +85,15 @@ def test_spacing_escapes_and_number_texts_of_an_untouched_row_survive() -> None:
     raw = rb'{ "a":1.10,  "b" : "\u00e9\/", "c":1E2, "c":2}'
     (sample,) = read(raw + b"\n")
     stream = io.BytesIO()
-    with shard_format("a.jsonl").writer(stream) as writer:
-        writer.write_raw(sample.raw)
+    with writing(stream) as writer:
+        writer.write_unchanged(sample)
     assert stream.getvalue() == raw + b"\n"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_empty_shard_has_no_rows(suffix: str) -> None:
     empty = write("a" + suffix)
-    assert list(shard_format("a" + suffix).read(io.BytesIO(empty))) == []
+    assert list(samples_of(io.BytesIO(empty), "a" + suffix)) == []
 
 
 @pytest.mark.parametrize(
@@ -187,7 +203,7 @@ def test_an_overlong_row_is_passed_over_without_being_held() -> None:
     form = JsonLines(suffixes=(".jsonl",), max_row_bytes=2**20)
     tracemalloc.start()
     try:
-        overlong, row = form.read(cast("BinaryIO", Zeros(64 * 2**20)))
+        overlong, row = samples_of(cast("BinaryIO", Zeros(64 * 2**20)), form=form)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -201,13 +217,14 @@ def test_memory_does_not_grow_with_the_shard(suffix: str) -> None:
     # Hexadecimal digits compress to half: the stored shard has 25 MB, the text 50.
     digits = random.Random(0).randbytes(500).hex
     stream = io.BytesIO()
-    with shard_format("a" + suffix).writer(stream) as writer:
+    with writing(stream, "a" + suffix) as writer:
         for index in range(50_000):
-            writer.write_raw(b'{"i":%d,"text":"%s"}' % (index, digits().encode()))
+            raw = b'{"i":%d,"text":"%s"}' % (index, digits().encode())
+            writer.write_unchanged(Sample(index=index, line=index + 1, row={}, raw=raw))
     stream.seek(0)
     tracemalloc.start()
     try:
-        count = sum(sample.row is not None for sample in shard_format("a" + suffix).read(stream))
+        count = sum(sample.row is not None for sample in samples_of(stream, "a" + suffix))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -229,7 +246,7 @@ def test_what_json_cannot_hold_is_not_written(value: float) -> None:
 def test_the_stream_stays_the_callers() -> None:
     for suffix in SUFFIXES:
         stream = io.BytesIO(write("a" + suffix, {"a": 1}, {"a": 2}))
-        samples = shard_format("a" + suffix).read(stream)
+        samples = samples_of(stream, "a" + suffix)
         next(samples)
         del samples
         assert not stream.closed
@@ -248,7 +265,7 @@ def test_an_unbuffered_stream_is_not_read_byte_by_byte() -> None:
             return self.source.readinto(buffer)
 
     stream = Counting()
-    assert len(list(shard_format("a.jsonl").read(cast("BinaryIO", stream)))) == 1000
+    assert len(list(samples_of(cast("BinaryIO", stream)))) == 1000
     assert stream.calls < 10
 
 
@@ -258,5 +275,6 @@ def test_the_suffix_tells_the_format() -> None:
     assert is_shard("y.jsonl.zst")
     assert not is_shard("y.json")
     assert not is_shard("jsonl")
+    assert shard_stem("x/y.JSONL.gz") == "x/y"
     with pytest.raises(ConfigError, match=r"'x/y\.csv'.*\.jsonl, .*\.jsonl\.zst"):
         shard_format("x/y.csv")
