@@ -8,8 +8,6 @@ from typing import BinaryIO
 
 import pytest
 
-from airflow_vlm_provider.errors import SampleError
-from airflow_vlm_provider.ledger.dead_letters import DeadLetters
 from airflow_vlm_provider.ledger.manifest import (
     Counts,
     Manifest,
@@ -99,20 +97,3 @@ def test_fingerprints_differ_by_any_part_and_not_by_order():
     assert fingerprint(a=1) != fingerprint(a=True)
     with pytest.raises(TypeError):
         fingerprint(step={"a": object()})
-
-
-def test_dead_letters_say_who_why_and_keep_an_unparsable_row_whole():
-    files, dead = MemoryFiles(), DeadLetters()
-    bad = Sample(4, 7, None, b'{"text": \xff "\xed\xa0\x80', error="line 7 is not valid JSON")
-    dead.add(Outcome(bad, "failed", error=SampleError("malformed_row", "line 7 is not valid JSON")))
-    lost = Sample(5, 8, {"images": ["x.jpg"]}, b'{"images": ["x.jpg"]}')
-    error = SampleError("media_missing", "there is no x.jpg", media="x.jpg", attempts=2)
-    dead.add(Outcome(lost, "failed", error=error))
-    name = dead.save(files, "a.jsonl", "s")
-    first, second = map(json.loads, files.files[name].splitlines())
-    assert name == "_vlm/a.jsonl/s/errors.jsonl"
-    assert (first["row"], first["line"], first["kind"], first["media"]) == (4, 7, "malformed_row", None)
-    assert first["raw"].startswith('{"text": \\xff')
-    assert (second["media"], second["attempts"], second["message"]) == ("x.jpg", 2, "there is no x.jpg")
-    assert "raw" not in second
-    dead.close()
