@@ -6,8 +6,9 @@ import contextlib
 import io
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, BinaryIO, cast
 
 from airflow_vlm_provider.shards.s3_errors import BrokenResponseError, s3_errors
@@ -47,19 +48,13 @@ class S3Store:
     def uri(self) -> str:
         return f"s3://{self._bucket}/{self._prefix}"
 
-    def list(self) -> Iterator[ObjectInfo]:
-        paginator = self._s3().get_paginator("list_objects_v2")
-        with s3_errors(self.uri):
-            # S3 lists keys in the order of their UTF-8 bytes, which is that of Python's strings.
-            for page in paginator.paginate(Bucket=self._bucket, Prefix=self._prefix):
-                # boto3 takes a response without a body, whose head was cut off, for an empty listing.
-                if "IsTruncated" not in page:
-                    raise BrokenResponseError(f"{self.uri}: the connection broke off while S3 listed it.")
-                for entry in page.get("Contents", ()):
-                    name = entry["Key"][len(self._prefix) :]
-                    # Keys that end in "/" are the folders that consoles draw.
-                    if not name.endswith("/") and name and not is_hidden(name):
-                        yield _object_info(name, entry["ETag"], entry["Size"])
+    def list(self, folder: str = "") -> Iterator[ObjectInfo]:
+        below = self._key(folder) + "/" if folder else self._prefix
+        for entry in chain.from_iterable(self._pages(below)):
+            name = entry["Key"][len(self._prefix) :]
+            # Keys that end in "/" are the folders that consoles draw.
+            if entry["Key"] != below and not name.endswith("/") and not is_hidden(entry["Key"][len(below) :]):
+                yield _listed(name, entry)
 
     def stat(self, name: str) -> ObjectInfo:
         key, client = self._key(name), self._s3()
@@ -71,13 +66,16 @@ class S3Store:
         return self._buffered(self._reader(name))
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
+        return self.fetch(name, max_bytes=max_bytes)[0]
+
+    def fetch(self, name: str, *, max_bytes: int) -> tuple[bytes, ObjectInfo]:
         reader = self._reader(name)
         with self._buffered(reader) as stream:
             if reader.size > max_bytes:
                 raise ObjectTooLargeError(
                     f"{self.uri + name} has {reader.size} bytes; at most {max_bytes} are taken."
                 )
-            return stream.read(reader.size)
+            return stream.read(reader.size), _object_info(name, *reader.entity)
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
@@ -94,6 +92,22 @@ class S3Store:
             spool.seek(0)
             with s3_errors(self.uri + name):
                 client.upload_fileobj(spool, self._bucket, key)
+
+    def delete(self, name: str) -> None:
+        key, client = self._key(name), self._s3()
+        with s3_errors(self.uri + name):
+            client.delete_object(Bucket=self._bucket, Key=key)
+
+    def _pages(self, prefix: str) -> Iterator[Sequence[dict[str, Any]]]:
+        """Yield the listing of a prefix, page by page."""
+        paginator = self._s3().get_paginator("list_objects_v2")
+        with s3_errors(self.uri):
+            # S3 lists keys in the order of their UTF-8 bytes, which is that of Python's strings.
+            for page in paginator.paginate(Bucket=self._bucket, Prefix=prefix):
+                # boto3 takes a response without a body, whose head was cut off, for an empty listing.
+                if "IsTruncated" not in page:
+                    raise BrokenResponseError(f"{self.uri}: the connection broke off while S3 listed it.")
+                yield page.get("Contents", [])
 
     def _key(self, name: str) -> str:
         check_name(name)
@@ -127,5 +141,9 @@ def _default_client() -> Any:
     return boto3.session.Session().client("s3")
 
 
-def _object_info(name: str, etag: str, size: int) -> ObjectInfo:
-    return ObjectInfo(name=name, size=size, identity=f"{etag.strip(chr(34))}-{size}")
+def _object_info(name: str, etag: str, size: int, modified: float) -> ObjectInfo:
+    return ObjectInfo(name=name, size=size, identity=f"{etag.strip(chr(34))}-{size}", modified=modified)
+
+
+def _listed(name: str, entry: dict[str, Any]) -> ObjectInfo:
+    return _object_info(name, entry["ETag"], entry["Size"], entry["LastModified"].timestamp())

@@ -63,7 +63,7 @@ def _contract_error(response: dict[str, Any], uri: str) -> Exception:
         return PermissionError(
             errno.EACCES,
             f"S3 denies access ({said}); give the AWS connection's identity s3:ListBucket on the bucket and "
-            "s3:GetObject and s3:PutObject on its objects, and check that its credentials are valid",
+            "s3:GetObject, s3:PutObject and s3:DeleteObject on its objects, and check that its credentials are valid",
             uri,
         )
     if status == 412:

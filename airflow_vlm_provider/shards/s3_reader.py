@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tenacity
 
@@ -41,7 +41,8 @@ class ResumingReader(io.RawIOBase):
         with s3_errors(uri):
             response = get_object()
         self._body: Any = response["Body"]
-        self._etag, self.size = entity(response, uri)
+        self.entity = entity(response, uri)
+        self._etag, self.size = self.entity.etag, self.entity.size
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(BrokenResponseError),
             stop=tenacity.stop_after_attempt(ATTEMPTS),
@@ -98,7 +99,7 @@ class ResumingReader(io.RawIOBase):
                 response = self._get_object(Range=f"bytes={self._position}-", IfMatch=self._etag)
         except FileNotFoundError as error:
             raise ObjectChangedError(f"{self._uri} was deleted while it was being read.") from error
-        etag, size = entity(response, self._uri)
+        etag, size, _ = entity(response, self._uri)
         # Not every server knows If-Match and Range.
         if etag != self._etag:
             raise ObjectChangedError(f"{self._uri} was replaced while it was being read; read it again.")
@@ -116,13 +117,27 @@ class ResumingReader(io.RawIOBase):
         log.warning("%s: reading goes on from byte %d of %d: %s", self._uri, self._position, self.size, error)
 
 
-def entity(response: dict[str, Any], uri: str) -> tuple[str, int]:
-    """
-    Return the ETag and the length in bytes that a response's head tells.
+class Entity(NamedTuple):
+    """What the head of a response tells about an object.
 
-    :raises BrokenResponseError: They are missing. Python's HTTP client takes a head that is cut off for a whole one.
+    :param size: Length of the body, in bytes.
+    :param modified: Seconds since 1970; 0.0 when the server does not say.
+    """
+
+    etag: str
+    size: int
+    modified: float
+
+
+def entity(response: dict[str, Any], uri: str) -> Entity:
+    """
+    Return what a response's head tells.
+
+    :raises BrokenResponseError: It lacks something. Python's HTTP client takes a head that is cut off for a whole one.
     """
     try:
-        return response["ETag"], response["ContentLength"]
+        etag, size = response["ETag"], response["ContentLength"]
     except KeyError as error:
         raise BrokenResponseError(f"{uri}: the connection broke off in the head of S3's response.") from error
+    modified = response.get("LastModified")
+    return Entity(etag, size, modified.timestamp() if modified else 0.0)

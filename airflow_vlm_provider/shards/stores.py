@@ -194,6 +194,20 @@ def check_name(name: str) -> None:
         raise InvalidNameError(f"{name!r} cannot be an object's name: it is not valid Unicode.") from None
 
 
+def in_order(names: Iterable[str]) -> Iterator[str]:
+    """
+    Pass names on that come sorted.
+
+    :raises ValueError: One does not come after the one before it.
+    """
+    before = None
+    for name in names:
+        if before is not None and name <= before:
+            raise ValueError(f"Names have to be sorted and different, but {name!r} came after {before!r}.")
+        before = name
+        yield name
+
+
 def is_hidden(name: str) -> bool:
     """Tell whether a component of the name begins with ``_`` or ``.``: it is then no data."""
     return any(component.startswith(("_", ".")) for component in name.split("/"))
