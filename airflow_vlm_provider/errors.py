@@ -15,6 +15,11 @@ No message may hold a secret: they are logged, and written to ``errors.jsonl`` a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from airflow_vlm_provider.types import Looked
+
 
 class VLMError(Exception):
     """Base of everything that this package raises on purpose."""
@@ -44,7 +49,12 @@ class SampleError(VLMError):
     :param message: A sentence for a person.
     :param media: The media reference at fault, as it stands in the row; None when it was none in particular.
     :param attempts: How often the engine was asked before giving up; 0 when it never was.
+
+    What loads media sets ``looked`` to where it looked for the medium at fault, so that a run can tell later
+    whether the reason still holds.
     """
+
+    looked: Looked
 
     def __init__(self, kind: str, message: str, *, media: str | None = None, attempts: int = 0) -> None:
         super().__init__(message)
@@ -52,6 +62,7 @@ class SampleError(VLMError):
         self.message = message
         self.media = media
         self.attempts = attempts
+        self.looked = ()
 
 
 class TransientError(SampleError):
