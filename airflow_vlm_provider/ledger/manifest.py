@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, BinaryIO, Protocol
 
 from airflow_vlm_provider.errors import VLMError
+from airflow_vlm_provider.ledger.canonical import canonical
 from airflow_vlm_provider.types import Outcome, Usage
 
 MAX_MANIFEST_BYTES = 1024 * 1024
@@ -167,25 +168,11 @@ def ledger_folder(shard: str, step: str) -> str:
 def fingerprint(**parts: Any) -> str:
     """Hash what decides an output, given as JSON values by name: equal exactly when all parts are.
 
-    SHA-256 over the canonical JSON (sorted keys, no spaces, ASCII, 1.0 as 1), in hexadecimal.
+    SHA-256 of their :func:`~airflow_vlm_provider.ledger.canonical.canonical` spelling, in hexadecimal.
 
     :raises TypeError: a part is not a JSON value.
     """
-    canonical = json.dumps(
-        _without_spellings(parts), sort_keys=True, separators=(",", ":"), ensure_ascii=True
-    )
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _without_spellings(value: Any) -> Any:
-    """The same value, with whole floats as integers: a temperature of 0.0 must not cost what one of 0 has paid."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, Mapping):
-        return {key: _without_spellings(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_spellings(each) for each in value]
-    return value
+    return hashlib.sha256(canonical(parts)).hexdigest()
 
 
 def load_manifest(files: Files, shard: str, step: str) -> Manifest | None:
