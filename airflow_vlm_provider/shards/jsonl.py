@@ -77,7 +77,7 @@ class JsonLinesReader:
             elif not line.strip():
                 continue
             else:
-                row, fault = _parse(line)
+                row, fault = parse_object(line)
             error = None if fault is None else f"line {number} {fault}"
             yield Sample(index=index, line=number, row=row, raw=line or b"", error=error)
             index += 1
@@ -122,13 +122,7 @@ class JsonLinesWriter:
 
     def write(self, sample: Sample, rows: Sequence[Row]) -> None:  # noqa: ARG002
         for row in rows:
-            text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-            try:
-                line = text.encode()
-            except UnicodeEncodeError:
-                # A lone surrogate has no UTF-8; JSON can hold it as an escape.
-                line = json.dumps(row, allow_nan=False).encode()
-            self._write_line(line)
+            self._write_line(encode_object(row))
 
     def write_unchanged(self, sample: Sample) -> None:
         self._write_line(sample.raw)
@@ -138,8 +132,22 @@ class JsonLinesWriter:
         self._stream.write(line if self._compressor is None else self._compressor.compress(line))
 
 
-def _parse(line: bytes) -> tuple[Row | None, str | None]:
-    """Return a line's row, or None and what is wrong with it."""
+def encode_object(row: Mapping[str, Any]) -> bytes:
+    """
+    Return a row as one line of UTF-8 JSON, without a line end.
+
+    :raises TypeError, ValueError: A value is not a JSON value.
+    """
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        # A lone surrogate has no UTF-8; JSON can hold it as an escape.
+        return json.dumps(row, allow_nan=False).encode()
+
+
+def parse_object(line: bytes) -> tuple[Row | None, str | None]:
+    """Return the row that JSON text holds, or None and what is wrong with the text, as the rest of a sentence."""
     try:
         row = _DECODER.decode(line.decode())
     except UnicodeDecodeError as error:
