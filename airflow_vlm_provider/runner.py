@@ -6,13 +6,22 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from airflow_vlm_provider.errors import ShardError
-from airflow_vlm_provider.ledger.manifest import Manifest, fingerprint, load_manifest
+from airflow_vlm_provider.answering import Answering
+from airflow_vlm_provider.errors import ANSWERED_KINDS, LASTING_KINDS, ConfigError, ShardError
+from airflow_vlm_provider.job import Job
+from airflow_vlm_provider.ledger.answers import Answers
+from airflow_vlm_provider.ledger.changes import changes, say_changes
+from airflow_vlm_provider.ledger.journal import FlushPolicy
+from airflow_vlm_provider.ledger.keys import RequestKeys
+from airflow_vlm_provider.ledger.manifest import Manifest, fingerprint, ledger_folder, load_manifest
+from airflow_vlm_provider.ledger.media_memory import MediaMemory
 from airflow_vlm_provider.progress import Progress
-from airflow_vlm_provider.shard_run import Job, ShardRun
+from airflow_vlm_provider.shard_run import ShardRun
+from airflow_vlm_provider.shards.formats import RowKeys
 from airflow_vlm_provider.types import Usage
 
 if TYPE_CHECKING:
@@ -25,6 +34,19 @@ log = logging.getLogger(__name__)
 
 # Shards open at once: while the last rows of one are answered, the next are begun, so that the engine never waits.
 OPEN_SHARDS = 4
+# How many shards are looked up at once.
+LOOKUP_THREADS = 16
+
+
+def is_settled(kinds: Mapping[str, int], *, failed: int, rows_in: int, max_error_rate: float) -> bool:
+    """Whether a shard's dead letters are no reason to take it up again.
+
+    :param kinds: How many rows failed by kind: what was merely out of luck is tried again by every run.
+    :param failed: How many rows failed.
+    :param rows_in: Of how many.
+    :param max_error_rate: Share of failed rows that the author accepts.
+    """
+    return set(kinds) <= LASTING_KINDS | ANSWERED_KINDS and failed <= max_error_rate * rows_in
 
 
 class ShardRunner:
@@ -35,6 +57,15 @@ class ShardRunner:
     :param source: Where the shards are.
     :param destination: Where outputs and the ledger go.
     :param media: Loads what the samples refer to.
+    :param reuse: Further destinations whose answers count, too.
+    :param flush: When answers are written to the journal.
+    :param row_keys: What the fields are called that a format makes.
+    :param output: ``full`` writes the shard again with the new fields, ``sidecar`` only these, beside its stem; None
+        does what suits the shard: a sidecar where media are embedded.
+    :param trust_media: Take media that were loaded before for unchanged, for stores where nothing is ever replaced.
+    :param failed_only: Ask for nothing but the dead letters of shards that are committed.
+    :param kinds: The kinds of dead letters that ``failed_only`` tries again; None for all.
+    :param max_error_rate: Share of failed rows that the author accepts; a shard with more of them is not done.
     :param prices: US dollars per million prompt and completion tokens; None when unknown.
     :param written_by: Who runs this, for the manifest: DAG, run, task, map index, try.
     :param overwrite: Do shards again that are done already.
@@ -48,6 +79,14 @@ class ShardRunner:
         source: Store,
         destination: Store,
         media: MediaLoader,
+        reuse: Sequence[Store] = (),
+        flush: FlushPolicy | None = None,
+        row_keys: RowKeys | None = None,
+        output: str | None = None,
+        trust_media: bool = False,
+        failed_only: bool = False,
+        kinds: Sequence[str] | None = None,
+        max_error_rate: float = 1.0,
         prices: tuple[float, float] | None = None,
         written_by: Mapping[str, Any] | None = None,
         overwrite: bool = False,
@@ -57,32 +96,96 @@ class ShardRunner:
         self.source = source
         self.destination = destination
         self.media = media
+        self.reuse = tuple(reuse)
+        self.flush = flush or FlushPolicy()
+        self.row_keys = row_keys or RowKeys()
+        self.output = output
+        self.trust_media = trust_media
+        self.failed_only = failed_only
+        self.kinds = None if kinds is None else frozenset(kinds)
+        self.max_error_rate = max_error_rate
         self.prices = prices
         self.written_by = dict(written_by or {})
         self.overwrite = overwrite
-        self.fingerprint = fingerprint(
-            step={"name": step.name, **step.parameters()},
-            engine=dict(engine.parameters()),
-            media=dict(media.parameters()),
-        )
+        self.parameters: Mapping[str, Any] = {
+            "step": {"name": step.name, **step.parameters()},
+            "engine": dict(engine.parameters()),
+            "media": dict(media.parameters()),
+            "output": {"output": output},
+        }
+        self.fingerprint = fingerprint(**self.parameters)
         # A little more than the engine keeps in flight, so that the next requests stand ready, media loaded.
         self._ahead = engine.concurrency + max(8, engine.concurrency // 2)
+        self._before: dict[str, Manifest] = {}
         self.progress = Progress(shards=0, total_bytes=0)
 
     def committed(self, shard: ObjectInfo) -> Manifest | None:
-        """The shard's manifest, if it says that nothing is left to do. Blocks on the store."""
-        if self.overwrite:
-            return None
+        """The shard's manifest, if nothing is left to do for it. Blocks on the store.
+
+        :raises ConfigError: only dead letters are to be asked for, and that can't be done.
+        """
         manifest = load_manifest(self.destination, shard.name, self.step.name)
-        if manifest is None or manifest.counts.failed or manifest.fingerprint != self.fingerprint:
+        if manifest is not None:
+            self._before[shard.name] = manifest
+        if self.failed_only:
+            return self._nothing_to_redrive(shard, manifest)
+        if self.overwrite or manifest is None or not self._is_of(manifest, shard):
             return None
-        if manifest.input.get("identity") != shard.identity:
+        counts = manifest.counts
+        if not is_settled(
+            manifest.kinds, failed=counts.failed, rows_in=counts.rows_in, max_error_rate=self.max_error_rate
+        ):
             return None
+        return manifest if self._media_unchanged(manifest, shard) else None
+
+    def all_committed(self, shards: Sequence[ObjectInfo]) -> list[Manifest | None]:
+        """:meth:`committed` for many shards, in their order."""
+        with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="vlm-lookup") as threads:
+            return list(threads.map(self.committed, shards))
+
+    def changes_since_commit(self) -> list[str]:
+        """What changed since shards were committed that :meth:`committed` found not to be done, a sentence each."""
+        stale = [each for each in self._before.values() if each.fingerprint != self.fingerprint]
+        return say_changes(stale, self.parameters, asking=self.step.asking)
+
+    def _is_of(self, manifest: Manifest, shard: ObjectInfo) -> bool:
+        """Whether a manifest is about this very shard and this very question, and its output is still there."""
+        if manifest.fingerprint != self.fingerprint or manifest.input.get("identity") != shard.identity:
+            return False
+        name = manifest.output.get("uri", "").removeprefix(self.destination.uri)
         try:
-            output = self.destination.stat(shard.name)
+            return manifest.output.get("identity") == self.destination.stat(name).identity
         except FileNotFoundError:
-            return None
-        return manifest if manifest.output.get("identity") == output.identity else None
+            return False
+
+    def _media_unchanged(self, manifest: Manifest, shard: ObjectInfo) -> bool:
+        if self.trust_media or manifest.media is None:
+            return True
+        name = f"{ledger_folder(shard.name, self.step.name)}/{manifest.media}"
+        memory = MediaMemory.read(self.destination, name, self.media.answering_parameters())
+        try:
+            changed = memory.verify(self.media.identities)
+        finally:
+            memory.close()
+        if changed:
+            log.info("%s: %d of the media that it refers to were replaced", shard.name, changed)
+        return not changed
+
+    def _nothing_to_redrive(self, shard: ObjectInfo, manifest: Manifest | None) -> Manifest | None:
+        if manifest is None:
+            raise ConfigError(
+                f"{shard.name} was never committed below {self.destination.uri}, so there are no dead letters to ask "
+                "for. Run the operator without failed_only."
+            )
+        if manifest.fingerprint != self.fingerprint:
+            changed = changes(manifest.parameters, self.parameters, asking=self.step.asking)
+            names = ", ".join((*changed.asking, *changed.other)) or "parameters"
+            raise ConfigError(
+                f"{shard.name} was committed with other parameters ({names} differ), so its other rows would not fit. "
+                "Give the same parameters, or run the operator without failed_only."
+            )
+        some = self.kinds is None or self.kinds & set(manifest.kinds)
+        return None if manifest.counts.failed and some else manifest
 
     async def run_all(self, shards: Sequence[ObjectInfo]) -> list[Manifest]:
         """Take shards through the step, each committed by itself, and return their manifests in order.
@@ -92,29 +195,57 @@ class ShardRunner:
         :raises ConfigError: key, model or a parameter is wrong.
         """
         self.progress = Progress(shards=len(shards), total_bytes=sum(shard.size for shard in shards))
-        reading, opened = asyncio.Semaphore(1), asyncio.Semaphore(OPEN_SHARDS)
-        failed = asyncio.Event()
         threads = ThreadPoolExecutor(self._thread_count(), thread_name_prefix="vlm-io")
-        job = Job(
+        answers = Answers(
+            destination=self.destination,
+            reuse=self.reuse,
+            step=self.step.name,
+            in_thread=partial(_in_thread, threads),
+        )
+        try:
+            await answers.open()
+            return await self._run_all(self._job(answers, threads), shards)
+        finally:
+            await answers.close()
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _job(self, answers: Answers, threads: Executor) -> Job:
+        return Job(
             step=self.step,
-            engine=self.engine,
             source=self.source,
             destination=self.destination,
             media=self.media,
+            model=self.engine.model,
             fingerprint=self.fingerprint,
+            parameters=self.parameters,
             cost=self.cost,
             written_by=self.written_by,
+            answers=answers,
+            answering=Answering(engine=self.engine, answers=answers),
+            keys=RequestKeys(engine=self.engine.parameters(), media=self.media.answering_parameters()),
+            flush=self.flush,
+            row_keys=self.row_keys,
+            output=self.output,
+            trust_media=self.trust_media,
+            failed_only=self.failed_only,
+            kinds=self.kinds,
+            max_error_rate=self.max_error_rate,
             progress=self.progress,
             threads=threads,
             active=asyncio.Semaphore(self._ahead),
             loaded=asyncio.Semaphore(self._ahead),
         )
+
+    async def _run_all(self, job: Job, shards: Sequence[ObjectInfo]) -> list[Manifest]:
+        reading, opened = asyncio.Semaphore(1), asyncio.Semaphore(OPEN_SHARDS)
+        failed = asyncio.Event()
         tasks: list[asyncio.Task[Manifest | None]] = []
         unreadable: list[str] = []
 
         async def run_one(shard: ObjectInfo) -> Manifest | None:
             try:
-                return await ShardRun(job, shard).run(when_read=reading.release)
+                before = self._before.get(shard.name)
+                return await ShardRun(job, shard, before).run(when_read=reading.release)
             except ShardError as error:
                 log.error("%s", error)
                 unreadable.append(str(error))
@@ -143,7 +274,6 @@ class ShardRunner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            threads.shutdown(wait=False, cancel_futures=True)
 
     def _thread_count(self) -> int:
         # Local files cost processor time, remote ones waiting time.
@@ -157,6 +287,10 @@ class ShardRunner:
             return None
         dollars = usage.prompt_tokens * self.prices[0] + usage.completion_tokens * self.prices[1]
         return round(dollars / 1_000_000, 9)
+
+
+async def _in_thread(threads: Executor, function: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(threads, function)
 
 
 async def _first(*awaitables: Coroutine[Any, Any, object]) -> None:

@@ -166,6 +166,7 @@ class Outcome:
     """How one sample ended: every row read becomes exactly one of these.
 
     :param error: Kind, message and so on of a dead letter; only with status ``failed``.
+    :param keys: With status ``failed``, the keys of the requests that were made for it.
     """
 
     sample: Sample
@@ -173,3 +174,4 @@ class Outcome:
     rows: Sequence[Row] = ()
     error: Exception | None = None
     usage: Usage = field(default_factory=Usage)
+    keys: Sequence[str] = ()

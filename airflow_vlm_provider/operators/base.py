@@ -16,20 +16,17 @@ from airflow.sdk import Asset, BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 
 from airflow_vlm_provider.errors import ConfigError
-from airflow_vlm_provider.operators.destination import check_destination
-from airflow_vlm_provider.operators.engines import make_engine
-from airflow_vlm_provider.operators.parameters import check_parameters, check_partial
-from airflow_vlm_provider.operators.storage import find_shards, s3_client_factory
+from airflow_vlm_provider.operators.parameters import check_partial
+from airflow_vlm_provider.operators.plans import shards_label
 
 if TYPE_CHECKING:
     import jinja2
     from airflow.sdk import Context
     from airflow.sdk.definitions.mappedoperator import OperatorPartial
 
-    from airflow_vlm_provider.hooks.vlm import VLMHook
     from airflow_vlm_provider.ledger.manifest import Counts, Manifest
+    from airflow_vlm_provider.operators.runners import Prepared
     from airflow_vlm_provider.runner import ShardRunner
-    from airflow_vlm_provider.shards.stores import ObjectInfo
     from airflow_vlm_provider.steps.base import Step
 
 PROGRESS_SECONDS = 10.0
@@ -68,7 +65,18 @@ class ShardOperator(BaseOperator):
     :param max_pixels: Shrink larger images to so many pixels (width x height); None sends them as they are.
     :param max_error_rate: Share of failed rows, from 0 to 1, above which the task fails (after committing).
     :param concurrency: Requests in flight; None takes the connection's ``max_concurrency``.
-    :param overwrite: Do shards again that are done already.
+    :param overwrite: Do shards again that are done already. What is known is not asked again all the same.
+    :param output: ``full`` writes each shard again with the new fields; ``sidecar`` writes only the new fields, as a
+        Parquet file of the shard's stem, so that embedded images are not copied; None takes ``sidecar`` for shards
+        that embed their media, and ``full`` for all others.
+    :param reuse_from: Further destinations (yesterday's prefix, another table) whose answers count as known, as
+        those of this destination always do (templated).
+    :param trust_media: Don't look whether a picture was replaced behind an unchanged shard: for stores in which
+        nothing is ever replaced.
+    :param failed_only: Ask for nothing but the dead letters of shards that are committed, and merge what comes of it
+        into the output.
+    :param storage_conn_id: Connection for other object stores than S3 (``gs://``, ``abfs://``, ...); None takes the
+        one in the URI, or the default one of the scheme (templated).
     """
 
     template_fields: Sequence[str] = (
@@ -79,6 +87,8 @@ class ShardOperator(BaseOperator):
         "aws_conn_id",
         "api_or_hf_model",
         "media_roots",
+        "reuse_from",
+        "storage_conn_id",
     )
     ui_color = "#e3d7ff"
 
@@ -105,6 +115,11 @@ class ShardOperator(BaseOperator):
         max_error_rate: float = 0.1,
         concurrency: int | None = None,
         overwrite: bool = False,
+        output: str | None = None,
+        reuse_from: str | Sequence[str] | None = None,
+        trust_media: bool = False,
+        failed_only: bool = False,
+        storage_conn_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         # Not setdefault(): a mapped operator is made with an explicit None.
@@ -131,6 +146,11 @@ class ShardOperator(BaseOperator):
         self.max_error_rate = max_error_rate
         self.concurrency = concurrency
         self.overwrite = overwrite
+        self.output = output
+        self.reuse_from = reuse_from
+        self.trust_media = trust_media
+        self.failed_only = failed_only
+        self.storage_conn_id = storage_conn_id
         self._cancel: Callable[[], object] | None = None
         self._stopped = False
 
@@ -219,12 +239,15 @@ class ShardOperator(BaseOperator):
         try:
             if self._stopped:
                 raise asyncio.CancelledError
-            runner, hook, shards = await asyncio.to_thread(self._prepare, context)
-            done = await asyncio.to_thread(lambda: [runner.committed(shard) for shard in shards])
+            prepared = await asyncio.to_thread(self.prepare, context)
+            runner, hook, shards = prepared.runner, prepared.hook, prepared.shards
+            done = await asyncio.to_thread(runner.all_committed, shards)
             rest = [shard for shard, manifest in zip(shards, done, strict=True) if manifest is None]
             if len(rest) < len(shards):
                 self.log.info("%d of %d shards are done already", len(shards) - len(rest), len(shards))
             fresh: list[Manifest] = []
+            for sentence in runner.changes_since_commit():
+                self.log.info("%s", sentence)
             if rest:
                 self.log.info(
                     "Asking %s (engine %s, connection %s) about %d shards, %d requests in flight",
@@ -245,59 +268,28 @@ class ShardOperator(BaseOperator):
             self._cancel = None
         return runner, [manifest for manifest in done if manifest is not None], fresh
 
-    def _prepare(self, context: Context) -> tuple[ShardRunner, VLMHook, list[ObjectInfo]]:
-        """Make everything that the run needs. Blocks: connections and listings are looked up."""
-        from airflow_vlm_provider.hooks.vlm import VLMHook
-        from airflow_vlm_provider.runner import ShardRunner
-        from airflow_vlm_provider.shards.media import MediaLoader
-        from airflow_vlm_provider.shards.opening import open_store
+    def prepare(self, context: Context) -> Prepared:
+        """Make everything that the run needs. Blocks: connections and listings are looked up.
 
-        check_parameters(self)
-        s3_client = s3_client_factory(self.aws_conn_id)
-        names = [self.shards] if isinstance(self.shards, str) else self.shards
-        source, shards = find_shards(self.source, names, s3_client=s3_client)
-        destination = open_store(self.destination, s3_client=s3_client)
-        # Once more: a source that is one shard lies in the folder that is compared here.
-        check_destination(source.uri if destination.uri == source.uri else self.source, self.destination)
-        hook = VLMHook(self.vlm_conn_id)
-        engine = make_engine(
-            hook,
-            engine="openai" if self.is_api_model else self.engine,
-            model=self.api_or_hf_model,
-            concurrency=self.concurrency,
-            api_endpoint=self.api_endpoint,
-            response_path=self.response_path,
-            model_params=self.model_params,
-        )
-        media = MediaLoader(
-            source_uri=source.uri, roots=self.media_roots, max_pixels=self.max_pixels, s3_client=s3_client
-        )
+        :raises ConfigError: a parameter is wrong, or a shard is not there.
+        """
+        from airflow_vlm_provider.operators.runners import prepare
+
         ti = context["ti"]
-        runner = ShardRunner(
-            step=self.make_step(),
-            engine=engine,
-            source=source,
-            destination=destination,
-            media=media,
-            prices=hook.settings.prices,
-            written_by={
-                "dag_id": ti.dag_id,
-                "run_id": ti.run_id,
-                "task_id": ti.task_id,
-                "map_index": ti.map_index,
-                "try_number": ti.try_number,
-            },
-            overwrite=self.overwrite,
-        )
-        return runner, hook, shards
+        written_by = {
+            "dag_id": ti.dag_id,
+            "run_id": ti.run_id,
+            "task_id": ti.task_id,
+            "map_index": ti.map_index,
+            "try_number": ti.try_number,
+        }
+        return prepare(self, written_by=written_by)
 
     def _label(self) -> str:
         """The shards in a few words."""
         if self.shards is None:
             return self.source.rstrip("/").rpartition("/")[2]
-        names = [self.shards] if isinstance(self.shards, str) else list(self.shards)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"{names[0]}{more}" if names else "nothing"
+        return shards_label(self.shards)
 
     async def _report(self, runner: ShardRunner, context: Context) -> None:
         while True:

@@ -97,6 +97,10 @@ def _check_values(given: Any) -> None:
         value = getattr(given, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ParameterError(f"{name}={value!r} must be a whole number of at least 1, or None.")
+    if given.output not in (None, "full", "sidecar"):
+        raise ParameterError(
+            f"output={given.output!r} must be 'full', 'sidecar' or None, for what suits the shard."
+        )
     for name in ("text_key", "image_key", "video_key", "meta_key"):
         value = getattr(given, name)
         if not isinstance(value, str) or not value:
@@ -104,10 +108,10 @@ def _check_values(given: Any) -> None:
 
 
 def _check_lists(given: Any) -> None:
-    roots, shards = given.media_roots, given.shards
+    roots, shards, reuse = given.media_roots, given.shards, given.reuse_from
     if isinstance(roots, str) and is_known(roots):
         raise ParameterError(f"media_roots={roots!r} must be a list: [{roots!r}].")
-    for name, value in (("media_roots", roots), ("shards", shards)):
+    for name, value in (("media_roots", roots), ("shards", shards), ("reuse_from", reuse)):
         if value is None or isinstance(value, str) or not is_known(value):
             continue
         if not isinstance(value, Sequence) or not all(

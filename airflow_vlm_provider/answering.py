@@ -1,0 +1,124 @@
+"""Where an answer comes from: what is known already, a request that is in flight, or the engine.
+
+Invariants:
+
+- What is known is never asked for, and of identical requests that come at the same time one is sent.
+- An answer that was paid for is in the journal of the shard that asked before anybody makes use of it.
+- Every shard's journal gets every answer that the shard used, whoever paid for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from airflow_vlm_provider.errors import SampleError
+from airflow_vlm_provider.ledger.records import answer_of, to_line
+from airflow_vlm_provider.types import Answer, Request
+
+if TYPE_CHECKING:
+    from airflow_vlm_provider.engines.base import Engine
+    from airflow_vlm_provider.ledger.answers import Answers
+    from airflow_vlm_provider.ledger.journal import ShardJournal
+
+# Far from the seeds that steps themselves use to ask again.
+SEEDS_APART = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An answer, and whether it was paid for just now."""
+
+    answer: Answer
+    fresh: bool
+
+
+class Answering:
+    """Answers the requests of one task.
+
+    :param engine: Who answers what is not known.
+    :param answers: What is known.
+    """
+
+    def __init__(self, *, engine: Engine, answers: Answers) -> None:
+        self._engine = engine
+        self._answers = answers
+        # Settled with the journal's line, the sample's own error, or None when whoever asked was stopped.
+        self._in_flight: dict[str, asyncio.Future[bytes | SampleError | None]] = {}
+        self._anew: dict[str, int] = {}
+
+    def ask_anew(self, rounds: Mapping[str, int]) -> None:
+        """Don't take these keys' answers from what is known: a sample failed for them.
+
+        :param rounds: How often each was asked before; a request that draws its answer draws it with another seed.
+        """
+        self._anew.update(rounds)
+
+    def knows(self, key: str) -> bool:
+        """Whether :meth:`answer` will most likely not ask. For any thread."""
+        return key not in self._anew and self._answers.has(key)
+
+    async def answer(
+        self, key: str, ready: Callable[[], Awaitable[Request]], journal: ShardJournal, *, ask: bool = True
+    ) -> Given | None:
+        """Answer one request.
+
+        :param key: The request's key.
+        :param ready: Makes the request ready to be sent, its media loaded; only called when it is to be sent.
+        :param journal: The journal of the shard that wants the answer.
+        :param ask: False takes only what is known.
+        :return: The answer; None when it is not known and must not be asked for.
+        :raises SampleError: it can't be answered for its own sake.
+        """
+        while True:
+            if key not in self._anew and (line := await self._answers.get(key)) is not None:
+                journal.use(line)
+                return Given(answer_of(line), fresh=False)
+            if not ask:
+                return None
+            shared = self._in_flight.get(key)
+            if shared is None:
+                return await self._ask(key, ready, journal)
+            # Not awaited itself: cancelled here, it would be cancelled for everybody.
+            await asyncio.wait((shared,))
+            settled = shared.result()
+            if isinstance(settled, SampleError):
+                error = copy.copy(settled)
+                error.attempts = 0
+                raise error
+            if settled is not None:
+                journal.use(settled)
+                return Given(answer_of(settled), fresh=False)
+
+    async def _ask(self, key: str, ready: Callable[[], Awaitable[Request]], journal: ShardJournal) -> Given:
+        settled: bytes | SampleError | None = None
+        shared = self._in_flight[key] = asyncio.get_running_loop().create_future()
+        try:
+            request = await ready()
+            if rounds := self._anew.get(key):
+                request = _drawn_anew(request, rounds)
+            answer = await self._engine.ask(request)
+            line = to_line(key, answer, time=datetime.now(timezone.utc))
+            await journal.append(line)
+            self._answers.put([line])
+            self._anew.pop(key, None)
+            settled = line
+            return Given(answer, fresh=True)
+        except SampleError as error:
+            settled = error
+            raise
+        finally:
+            del self._in_flight[key]
+            shared.set_result(settled)
+
+
+def _drawn_anew(request: Request, rounds: int) -> Request:
+    """The same request with another seed; where nothing is drawn (temperature 0) it stays as it is."""
+    if request.sampling.get("temperature") == 0:
+        return request
+    seed = request.sampling.get("seed", 0) + SEEDS_APART * rounds
+    return replace(request, sampling={**request.sampling, "seed": seed})

@@ -1,0 +1,282 @@
+"""One sample through one step: its requests answered, its media loaded when, and only when, they have to be."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any
+
+from airflow_vlm_provider.errors import LASTING_KINDS, SampleError, ShardError, TransientError, VLMError
+from airflow_vlm_provider.ledger.dead_letters import NotTriedAgainError
+from airflow_vlm_provider.types import Answer, MediaRef, Outcome, Request, Result, Sample, SourceMedia, Usage
+
+if TYPE_CHECKING:
+    from airflow_vlm_provider.answering import Answering
+    from airflow_vlm_provider.ledger.dead_letters import DeadLetters
+    from airflow_vlm_provider.ledger.journal import ShardJournal
+    from airflow_vlm_provider.ledger.keys import RequestKeys
+    from airflow_vlm_provider.ledger.media_memory import MediaMemory, MediaRecorder
+    from airflow_vlm_provider.shards.media import MediaLoader
+    from airflow_vlm_provider.steps.base import Step
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Redrive:
+    """What a run does that asks again for dead letters only.
+
+    :param dead: Knows the dead letters of the shard's last commit.
+    :param kinds: The kinds that are tried again; None tries all.
+    """
+
+    dead: DeadLetters
+    kinds: frozenset[str] | None
+
+    def check(self, sample: Sample) -> bool:
+        """Whether the model may be asked about the sample.
+
+        :raises NotTriedAgainError: it failed for a reason that is not tried again.
+        """
+        letter = self.dead.earlier(sample)
+        if letter is not None and self.kinds is not None and letter["kind"] not in self.kinds:
+            raise NotTriedAgainError(letter)
+        return letter is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRunner:
+    """Takes samples of one shard through the step.
+
+    :param shard: The shard's name.
+    :param keys: Makes requests' keys.
+    :param journal: The shard's journal.
+    :param remembered: What is known of the media from the shard's last commit.
+    :param recorder: Takes down what media there are now.
+    :param redrive: None works on all samples.
+    :param threads: Where everything runs that blocks.
+    :param loaded: Bounds the requests whose media are in memory.
+    :param fail: Stops the shard for an error that is not one sample's own.
+    """
+
+    shard: str
+    step: Step
+    media: MediaLoader
+    keys: RequestKeys
+    answering: Answering
+    journal: ShardJournal
+    remembered: MediaMemory
+    recorder: MediaRecorder
+    redrive: Redrive | None
+    threads: Executor
+    loaded: asyncio.Semaphore
+    fail: Callable[[BaseException], None]
+
+    async def run(self, sample: Sample) -> Outcome:
+        """Work on one sample; only what stops the whole shard is raised."""
+        try:
+            if sample.row is None:
+                raise SampleError("malformed_row", sample.error or "the row could not be read")
+            ask = self.redrive is None or self.redrive.check(sample)
+            return await self._drive(sample, _Asked(ask=ask))
+        except SampleError as error:
+            return Outcome(sample, "failed", error=error)
+        except (VLMError, MemoryError, OSError) as error:
+            self.fail(error)
+            raise
+
+    async def _drive(self, sample: Sample, asked: _Asked) -> Outcome:
+        """Run the step's generator, answering what it asks."""
+        run = self.step.process(sample)
+        try:
+            requests = next(run)
+            while True:
+                settled = await self._settle_all(sample, requests, asked)
+                errors = [each for each in settled if isinstance(each, SampleError)]
+                answers = [each for each in settled if isinstance(each, Answer)]
+                requests = run.throw(errors[0]) if errors else run.send(answers)
+        except StopIteration as stop:
+            result: Result = stop.value
+        except SampleError as error:
+            return Outcome(sample, "failed", error=error, usage=asked.usage, keys=tuple(asked.keys))
+        except (VLMError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            log.exception("Row %s of %s broke the step %s", sample.index, self.shard, self.step.name)
+            message = f"{type(error).__name__} in the step itself; the task log has the traceback"
+            failure = SampleError("internal", message)
+            return Outcome(sample, "failed", error=failure, usage=asked.usage, keys=tuple(asked.keys))
+        finally:
+            run.close()
+        if result.skipped:
+            return Outcome(sample, "skipped")
+        status = "cached" if asked.keys and not asked.fresh else "ok"
+        return Outcome(sample, status, rows=result.rows, usage=asked.usage)
+
+    async def _settle_all(
+        self, sample: Sample, requests: Sequence[Request], asked: _Asked
+    ) -> list[Answer | SampleError]:
+        tasks = [asyncio.ensure_future(self._settle(sample, request, asked)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _settle(self, sample: Sample, request: Request, asked: _Asked) -> Answer | SampleError:
+        """Ask, and hand a sample's own error back as a value: the answers beside it are paid for and counted."""
+        try:
+            return await self._answer(sample, request, asked)
+        except SampleError as error:
+            asked.fresh = asked.fresh or error.attempts > 0
+            asked.usage += Usage(requests=error.attempts)
+            return error
+
+    async def _answer(self, sample: Sample, request: Request, asked: _Asked) -> Answer:
+        loading = _Loading(self, sample, request)
+        async with self.loaded:
+            try:
+                if not loading.recall():
+                    await self._in_thread(loading.load)
+                asked.keys.append(loading.key)
+
+                async def ready() -> Request:
+                    if loading.ready is None:
+                        await self._in_thread(loading.make_ready)
+                    assert loading.ready is not None
+                    return loading.ready
+
+                given = await self.answering.answer(loading.key, ready, self.journal, ask=asked.ask)
+            finally:
+                loading.record()
+        if given is None:
+            raise ShardError(
+                f"{self.shard}: row {sample.index} is no dead letter, but its answer is not in the journal, so the "
+                "output can't be made again without asking for more than the dead letters. Run the operator without "
+                "failed_only."
+            )
+        if given.fresh:
+            asked.fresh = True
+            asked.usage += given.answer.usage
+        return given.answer
+
+    async def _in_thread(self, function: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self.threads, function)
+
+
+@dataclasses.dataclass
+class _Asked:
+    """What a sample may ask, and has asked so far.
+
+    :param ask: Whether the engine may be asked, or only what is known.
+    :param fresh: Whether something was sent just now.
+    """
+
+    ask: bool
+    keys: list[str] = dataclasses.field(default_factory=list)
+    usage: Usage = dataclasses.field(default_factory=Usage)
+    fresh: bool = False
+
+
+class _Loading:
+    """The media of one request on their way, and the key that they make with it."""
+
+    def __init__(self, runner: SampleRunner, sample: Sample, request: Request) -> None:
+        self._runner = runner
+        self._sample = sample
+        self._request = request
+        self._refs = [part for part in request.parts if isinstance(part, MediaRef)]
+        self._recalled: dict[MediaRef, Any] = {}
+        self._sources: dict[MediaRef, SourceMedia] = {}
+        self._failed: tuple[MediaRef, SampleError] | None = None
+        self.key = ""
+        self.ready: Request | None = None
+
+    def recall(self) -> bool:
+        """Make the key from what is remembered of the media; False when some have to be fetched for it.
+
+        :raises SampleError: it is remembered that one of them can't be loaded.
+        """
+        for ref in self._refs:
+            if ref.ref in self._sample.embedded:
+                return False
+            found = self._runner.remembered.recall(ref.ref)
+            if found is None:
+                return False
+            self._recalled[ref] = found
+            if found.error is not None:
+                raise SampleError(found.error["kind"], found.error["message"], media=ref.ref)
+        self._make_key()
+        return True
+
+    def load(self) -> None:
+        """Fetch what is not remembered, make the key and, if it will be asked for, the request. Blocks.
+
+        :raises SampleError: one of the media can't be loaded.
+        """
+        for ref in self._refs:
+            if ref not in self._recalled:
+                self._fetch(ref)
+        self._make_key()
+        if not self._runner.answering.knows(self.key):
+            self.make_ready()
+
+    def make_ready(self) -> None:
+        """Make the request as it is sent, fetching what was only remembered so far. Blocks.
+
+        :raises SampleError: one of the media can't be loaded.
+        """
+        for ref in self._refs:
+            if ref not in self._sources:
+                self._fetch(ref)
+        parts = tuple(
+            self._prepare(part) if isinstance(part, MediaRef) else part for part in self._request.parts
+        )
+        self.ready = dataclasses.replace(self._request, parts=parts)
+
+    def record(self) -> None:
+        """Note for the next run what media there were."""
+        for ref in self._refs:
+            if ref.ref in self._sample.embedded:
+                continue
+            if self._failed is not None and self._failed[0] == ref:
+                error = self._failed[1]
+                if error.kind in LASTING_KINDS:
+                    looked = self._sources[ref].looked if ref in self._sources else error.looked
+                    said = {"kind": error.kind, "message": error.message}
+                    self._runner.recorder.add(ref.ref, looked, error=said)
+            elif ref in self._sources:
+                source = self._sources[ref]
+                self._runner.recorder.add(ref.ref, source.looked, digest=source.digest)
+            elif ref in self._recalled:
+                found = self._recalled[ref]
+                self._runner.recorder.add(ref.ref, found.looked, digest=found.digest, error=found.error)
+
+    def _make_key(self) -> None:
+        digests = [
+            self._sources[ref].digest if ref in self._sources else self._recalled[ref].digest
+            for ref in self._refs
+        ]
+        self.key = self._runner.keys.of(self._request, digests)
+
+    def _fetch(self, ref: MediaRef) -> None:
+        try:
+            source = self._runner.media.fetch(ref, shard=self._runner.shard, embedded=self._sample.embedded)
+        except SampleError as error:
+            self._failed = (ref, error)
+            raise
+        found = self._recalled.pop(ref, None)
+        self._sources[ref] = source
+        if found is not None and found.digest != source.digest:
+            # Replaced since it was listed: an answer about it must not be filed under the old one's key.
+            raise TransientError(f"{ref.ref} was replaced while the shard was worked on.", media=ref.ref)
+
+    def _prepare(self, ref: MediaRef) -> Any:
+        try:
+            return self._runner.media.prepare(self._sources[ref])
+        except SampleError as error:
+            self._failed = (ref, error)
+            raise
