@@ -1,5 +1,11 @@
 """Loading media: found below the allowed roots, checked, and made fit for a model.
 
+Two halves. :meth:`MediaLoader.fetch` finds and reads a file, and says by its SHA-256 which it is: an answer about
+it is known by that, whatever is made of the file afterwards. :meth:`MediaLoader.prepare` makes it fit for a model.
+Everything that ``fetch`` looked at for a reference is written down with the identity that its store gave it, and
+:meth:`MediaLoader.identities` tells the same identities again without reading a file: as long as they are the same,
+the reference means the same bytes, or the same absence of any.
+
 What can't be loaded becomes its sample's error, of one of these kinds:
 
 =====================  =====================================================================================
@@ -19,7 +25,13 @@ The limits: :data:`MAX_BYTES` per file, and :data:`~airflow_vlm_provider.shards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, groupby, islice
 from typing import Any
 
 from airflow_vlm_provider.errors import ConfigError, SampleError, TransientError
@@ -30,16 +42,22 @@ from airflow_vlm_provider.shards.opening import open_store
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
     NotARegularFileError,
+    ObjectInfo,
     ObjectTooLargeError,
     OutsideRootError,
     Store,
     StoreError,
 )
-from airflow_vlm_provider.types import Media, MediaRef
+from airflow_vlm_provider.types import Media, MediaRef, SourceMedia
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 1024 * 1024
 # A reference that holds a picture instead of naming one would drown the list of dead letters.
 _REPORTED_CHARS = 1000
+# Requests at once where every file has to be asked for by itself.
+_STAT_THREADS = 16
+_STAT_BATCH = 1000
 
 
 class MediaLoader:
@@ -76,33 +94,49 @@ class MediaLoader:
         self._stores: dict[str, Store] = {
             uri: open_store(uri, s3_client=s3_client) for uri in self._roots.store_uris
         }
-        self._fetch: Callable[[HttpUrl], bytes] | None = None
+        self._fetch_url: Callable[[HttpUrl], bytes] | None = None
         if self._roots.allow_http:
             from airflow_vlm_provider.shards.http_media import HttpFetcher
 
-            self._fetch = HttpFetcher(reach=self._roots.reach, max_bytes=max_bytes).fetch
+            self._fetch_url = HttpFetcher(reach=self._roots.reach, max_bytes=max_bytes).fetch
 
     @property
     def remote(self) -> bool:
         """Whether loading may wait for a network."""
-        return self._roots.allow_http or any(uri.startswith("s3:") for uri in self._stores)
+        return self._roots.allow_http or not all(uri.startswith("file:") for uri in self._stores)
 
     def parameters(self) -> Mapping[str, Any]:
         """Everything that decides what becomes of an image, as JSON values: part of the fingerprint."""
-        return {
-            "max_pixels": self._max_pixels,
-            "preprocessing": PREPROCESSING_VERSION,
-            "roots": self._named_roots,
-        }
+        return {**self.answering_parameters(), "roots": self._named_roots}
+
+    def answering_parameters(self) -> Mapping[str, Any]:
+        """What decides what a model is shown of given bytes, as JSON values: part of every request's key."""
+        return {"max_pixels": self._max_pixels, "preprocessing": PREPROCESSING_VERSION}
+
+    def memory_parameters(self) -> Mapping[str, Any]:
+        """What must be the same for what was found out about a shard's media to hold again, as JSON values.
+
+        With other roots, or the shards elsewhere, a reference may mean another file even if nothing has changed
+        where it was looked for before.
+        """
+        return {**self.parameters(), "source": self._source, "max_bytes": self._max_bytes}
 
     def load(self, ref: MediaRef, *, shard: str = "") -> Media:
+        """:meth:`fetch` and :meth:`prepare` in one."""
+        return self.prepare(self.fetch(ref, shard=shard))
+
+    def fetch(
+        self, ref: MediaRef, *, shard: str = "", embedded: Mapping[str, bytes] | None = None
+    ) -> SourceMedia:
         """
-        Load one image. Blocks on files and networks.
+        Find and read one image's file, without a look at what is in it. Blocks on files and networks.
 
         :param shard: Name of the sample's shard below the source.
-        :raises SampleError: see the module's table.
+        :param embedded: Media that the shard holds itself, by reference. Such a reference is looked for nowhere else.
+        :raises SampleError: see the module's table. Its ``looked`` tells what was looked at in vain.
         :raises TransientError: it could not be read this time.
         """
+        looked: list[tuple[str, str | None]] = []
         try:
             if not isinstance(ref.ref, str):
                 raise SampleError(
@@ -112,39 +146,132 @@ class MediaLoader:
                 raise SampleError(
                     "media_unsupported", f"{shown(ref.ref)} is a {ref.kind}; only images can be loaded."
                 )
-            folder = shard.rpartition("/")[0]
-            data = self._read_first(self._roots.places(ref.ref, source=self._source, folder=folder), ref.ref)
-            mime, data = fit_image(data, max_pixels=self._max_pixels)
+            if embedded is not None and ref.ref in embedded:
+                data = self._within_limit(embedded[ref.ref], ref.ref)
+            else:
+                folder = shard.rpartition("/")[0]
+                places = self._roots.places(ref.ref, source=self._source, folder=folder)
+                data = self._read_first(places, ref.ref, looked)
         except SampleError as error:
-            error.media = _reported(ref.ref)
+            error.media, error.looked = _reported(ref.ref), tuple(looked)
             raise
-        return Media(kind="image", mime=mime, data=data, ref=ref.ref)
+        digest = hashlib.sha256(data).hexdigest()
+        return SourceMedia(kind=ref.kind, ref=ref.ref, data=data, digest=digest, looked=tuple(looked))
 
-    def _read_first(self, places: Sequence[StoredMedia | HttpUrl], ref: str) -> bytes:
+    def prepare(self, source: SourceMedia) -> Media:
+        """
+        Make an image fit for a model: checked, upright, small enough. Takes a CPU's time and waits for nothing.
+
+        :raises SampleError: ``media_corrupt``, ``media_unsupported`` or ``media_too_large``.
+        """
+        try:
+            mime, data = fit_image(source.data, max_pixels=self._max_pixels)
+        except SampleError as error:
+            error.media, error.looked = _reported(source.ref), source.looked
+            raise
+        return Media(kind=source.kind, mime=mime, data=data, ref=source.ref)
+
+    def identities(self, uris: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        """
+        Tell what is there now where :meth:`fetch` looked, by listing: not with one request for every file.
+
+        :param uris: URIs out of ``looked``, sorted, each once; consumed as they are answered.
+        :return: Each URI, in order, with its identity as in ``looked``; None also for what is below no root any more.
+        :raises ConnectionError: A store can't be reached even after retries.
+        :raises StoreError: A store answers something else than its contract knows.
+        """
+        for root, group in groupby(uris, key=self._root_of):
+            if root is None:
+                yield from ((uri, "" if _is_http(uri) else None) for uri in group)
+                continue
+            for name, info in self._stat_many(root, (uri[len(root) :] for uri in group)):
+                identity = self._identity_behind_link(root, name) if info is None else info.identity
+                yield root + name, identity
+
+    def _root_of(self, uri: str) -> str | None:
+        return next((root for root in self._stores if uri.startswith(root)), None)
+
+    def _stat_many(self, root: str, names: Iterator[str]) -> Iterator[tuple[str, ObjectInfo | None]]:
+        waiting: deque[str] = deque()
+
+        def noted() -> Iterator[str]:
+            for name in names:
+                waiting.append(name)
+                yield name
+
+        try:
+            for name, info in self._stores[root].stat_many(noted()):
+                waiting.popleft()
+                yield name, info
+        except PermissionError as error:
+            # Who may read objects may not always list them.
+            log.warning("%s may not be listed, so its files are looked up one by one (%s)", root, error)
+            rest = chain(waiting, names)
+            with ThreadPoolExecutor(_STAT_THREADS, thread_name_prefix="vlm-stat") as threads:
+                while batch := list(islice(rest, _STAT_BATCH)):
+                    yield from threads.map(lambda name: (name, self._stat(root, name)), batch)
+
+    def _stat(self, root: str, name: str) -> ObjectInfo | None:
+        try:
+            return self._stores[root].stat(name)
+        except (
+            FileNotFoundError,
+            IsADirectoryError,
+            PermissionError,
+            NotARegularFileError,
+            InvalidNameError,
+        ):
+            return None
+
+    def _identity_behind_link(self, root: str, name: str) -> str | None:
+        """What ``_read_stored`` would find by following a symbolic link into another root."""
+        if not root.startswith("file:") or not os.path.exists(root.removeprefix("file://") + name):  # noqa: PTH110
+            return None
+        target = self._roots.behind_link(StoredMedia(root, name))
+        info = None if target is None else self._stat(target.root, target.name)
+        return None if info is None else info.identity
+
+    def _read_first(
+        self, places: Sequence[StoredMedia | HttpUrl], ref: str, looked: list[tuple[str, str | None]]
+    ) -> bytes:
         absent: SampleError | None = None
         for place in places:
             try:
-                return self._read(place)
+                data, identity = self._read(place)
             except SampleError as error:
+                looked.append((str(place), self._identity_of_failed(place, error)))
                 # S3 denies what does not exist to those who may not list the bucket: look further then, too.
                 if error.kind not in ("media_missing", "media_unreadable"):
                     raise
                 absent = error if absent is None or absent.kind == "media_missing" else absent
+            else:
+                looked.append((str(place), identity))
+                return data
         assert absent is not None
         if len(places) == 1:
             raise absent
-        looked = ", ".join(shown(str(place)) for place in places[:3]) + (", ..." if len(places) > 3 else "")
-        raise SampleError(absent.kind, f"{shown(ref)}: {absent.message} Looked for {looked}.") from absent
+        tried = ", ".join(shown(str(place)) for place in places[:3]) + (", ..." if len(places) > 3 else "")
+        raise SampleError(absent.kind, f"{shown(ref)}: {absent.message} Looked for {tried}.") from absent
 
-    def _read(self, place: StoredMedia | HttpUrl) -> bytes:
+    def _read(self, place: StoredMedia | HttpUrl) -> tuple[bytes, str]:
+        """Return a file's bytes and their identity."""
         if isinstance(place, HttpUrl):
-            assert self._fetch is not None
-            return self._fetch(place)
+            assert self._fetch_url is not None
+            return self._fetch_url(place), ""
         return self._read_stored(place, follow=True)
 
-    def _read_stored(self, place: StoredMedia, *, follow: bool) -> bytes:
+    def _identity_of_failed(self, place: StoredMedia | HttpUrl, error: SampleError) -> str | None:
+        """The identity of what could not be read, which :meth:`identities` will be compared with."""
+        if isinstance(place, StoredMedia) and error.kind not in ("media_too_large", "media_unreadable"):
+            return None
         try:
-            return self._stores[place.root].read(place.name, max_bytes=self._max_bytes)
+            return next(self.identities([str(place)]))[1]
+        except (StoreError, OSError):
+            return None
+
+    def _read_stored(self, place: StoredMedia, *, follow: bool) -> tuple[bytes, str]:
+        try:
+            data, info = self._stores[place.root].fetch(place.name, max_bytes=self._max_bytes)
         except OutsideRootError as error:
             # A store knows only its own root; a link into another allowed one is no escape.
             target = self._roots.behind_link(place) if follow else None
@@ -157,12 +284,21 @@ class MediaLoader:
             return self._read_stored(target, follow=False)
         except (StoreError, OSError, UnicodeError) as error:
             raise self._sample_error(shown(str(place)), error) from error
+        return data, info.identity
+
+    def _within_limit(self, data: bytes, ref: str) -> bytes:
+        if len(data) > self._max_bytes:
+            raise self._too_large(f"{shown(ref)}, embedded in the shard,")
+        return data
+
+    def _too_large(self, what: str) -> SampleError:
+        return SampleError(
+            "media_too_large", f"{what} has more than the {self._max_bytes:,} bytes that are taken."
+        )
 
     def _sample_error(self, what: str, error: Exception) -> SampleError:
         if isinstance(error, ObjectTooLargeError):
-            return SampleError(
-                "media_too_large", f"{what} has more than the {self._max_bytes:,} bytes that are taken."
-            )
+            return self._too_large(what)
         if isinstance(error, (InvalidNameError, UnicodeError)):
             return SampleError("media_refused", f"{what} cannot be the name of a file or an object.")
         if isinstance(error, NotARegularFileError):
@@ -176,6 +312,10 @@ class MediaLoader:
         if isinstance(error, OSError):
             return TransientError(f"{what} could not be read this time: {str(error)[:300]}")
         return SampleError("media_unreadable", f"{what} can't be read: {str(error)[:300]}")
+
+
+def _is_http(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
 
 
 def _reported(ref: object) -> str:
