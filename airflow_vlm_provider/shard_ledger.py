@@ -77,7 +77,8 @@ class ShardLedger:
     def _recall(self) -> None:
         job, shard, step = self._job, self._shard.name, self._job.step.name
         letters = load_dead_letters(job.destination, shard, step)
-        self.dead = DeadLetters(letters)
+        same = self._before is not None and self._before.input.get("identity") == self._shard.identity
+        self.dead = DeadLetters(letters, in_place=same)
         if self._asks_anew():
             kinds = ANSWERED_KINDS if job.kinds is None else ANSWERED_KINDS & job.kinds
             answered = [letter for letter in letters if letter["kind"] in kinds]

@@ -29,8 +29,9 @@ from airflow_vlm_provider.types import Outcome, Sample
 log = logging.getLogger(__name__)
 
 SPOOL_BYTES = 1024 * 1024
-# A letter has some hundred bytes: this is for well over a hundred thousand of them in one shard.
+# What is read back at most. A letter has some hundred bytes: this is for well over a hundred thousand of them.
 MAX_ERRORS_BYTES = 64 * 1024 * 1024
+MAX_LETTER_BYTES = 16 * 1024 * 1024
 _TEXTS = ("id", "kind", "message", "first", "last")
 
 
@@ -50,10 +51,15 @@ class DeadLetters:
 
     :param previous: The shard's dead letters so far, as :func:`load_dead_letters` returns them: what fails again
         keeps its ``first`` and adds to its ``attempts``.
+    :param in_place: The shard is the very one that these are of, so that its rows stand where they stood. Otherwise a
+        row may have moved, and of several that are the same in everything it is not known which one failed.
     """
 
-    def __init__(self, previous: Iterable[Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self, previous: Iterable[Mapping[str, Any]] | None = None, *, in_place: bool = False
+    ) -> None:
         self._spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - closed by close()
+        self._in_place = in_place
         self._earlier: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for letter in previous or ():
             self._earlier[letter["id"]].append(letter)
@@ -70,8 +76,10 @@ class DeadLetters:
         letters = self._earlier.get(sample_id(sample)) if self._earlier else None
         if not letters:
             return None
-        # Of rows that are all the same, the one in the same place; or else they are taken in order.
-        return next((letter for letter in letters if letter["row"] == sample.index), letters[0])
+        for letter in letters:
+            if letter["row"] == sample.index:
+                return letter
+        return None if self._in_place else letters[0]
 
     def add(self, outcome: Outcome, keys: Sequence[str] = ()) -> None:
         """Record one failed outcome, once.
@@ -151,38 +159,38 @@ def errors_name(shard: str, step: str) -> str:
 def load_dead_letters(files: Files, shard: str, step: str) -> list[dict[str, Any]]:
     """Read a shard's dead letters, in the order of its rows; what is not readable as one is left out, with a warning.
 
-    :return: The letters, each with all fields but ``raw``, which only unparsable rows have. Empty when there are none,
-        or more than 64 MiB of them.
+    :return: The letters, each with all fields but ``raw``, which only unparsable rows have. Only the
+        first 64 MiB of them.
     :raises ConnectionError, PermissionError, VLMError: the storage can't be read, which does not mean that nothing
         failed.
     """
     name = errors_name(shard, step)
+    letters: list[dict[str, Any]] = []
+    size = useless = 0
     try:
-        data = files.read(name, max_bytes=MAX_ERRORS_BYTES)
+        with files.open(name) as stream:
+            while line := stream.readline(MAX_LETTER_BYTES):
+                size += len(line)
+                if size > MAX_ERRORS_BYTES:
+                    log.warning("Only the first %d dead letters in %s are read back", len(letters), name)
+                    break
+                letter = _parse(line)
+                if _is_letter(letter):
+                    letters.append(letter)
+                else:
+                    useless += 1
     except FileNotFoundError:
         return []
-    except VLMError:
-        sizes = {each.name: each.size for each in files.list(ledger_folder(shard, step))}
-        if sizes.get(name, 0) <= MAX_ERRORS_BYTES:
-            raise
-        log.warning(
-            "%s has %d bytes of dead letters, too many to be read back: their history begins anew",
-            name,
-            sizes[name],
-        )
-        return []
-    letters = []
-    lines = data.splitlines()
-    for line in lines:
-        try:
-            letter = json.loads(line)
-        except ValueError:
-            continue
-        if _is_letter(letter):
-            letters.append(letter)
-    if len(letters) < len(lines):
-        log.warning("%d lines of %s are no dead letters and left out", len(lines) - len(letters), name)
+    if useless:
+        log.warning("%d lines of %s are no dead letters and left out", useless, name)
     return letters
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_letter(value: Any) -> bool:

@@ -40,6 +40,9 @@ class MemoryFiles:
             raise ObjectTooLargeError(f"{name} is larger than {max_bytes} bytes.")
         return self.files[name]
 
+    def open(self, name: str) -> BinaryIO:
+        return io.BytesIO(self.read(name, max_bytes=1 << 40))
+
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
         stream = io.BytesIO()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from airflow_vlm_provider.errors import SampleError, VLMError
+from airflow_vlm_provider.errors import SampleError
 from airflow_vlm_provider.ledger import dead_letters
 from airflow_vlm_provider.ledger.dead_letters import (
     DeadLetters,
@@ -167,20 +167,23 @@ def test_what_can_not_be_read_is_left_out_and_said(caplog):
     assert "4 lines" in caplog.text
 
 
-def test_too_many_begin_anew_but_an_outage_is_no_clean_record(caplog, monkeypatch):
+def test_only_so_many_are_read_back_but_an_outage_is_no_clean_record(caplog, monkeypatch):
     files = MemoryFiles()
-    run(files, failed(sample(0)))
+    first, _ = run(files, failed(sample(0)), failed(sample(1)))
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(dead_letters, "MAX_ERRORS_BYTES", 10)
-        assert load_dead_letters(files, "a.jsonl", "s") == []
-    assert "too many" in caplog.text
+        patch.setattr(dead_letters, "MAX_ERRORS_BYTES", len(files.files[NAME]) - 1)
+        assert load_dead_letters(files, "a.jsonl", "s") == [first]
+    assert "Only the first 1 dead letters" in caplog.text
     files.broken.add(NAME)
     with pytest.raises(ConnectionError):
         load_dead_letters(files, "a.jsonl", "s")
 
-    def refuse(name: str, *, max_bytes: int) -> bytes:
-        raise VLMError("what is this?")
 
-    monkeypatch.setattr(files, "read", refuse)
-    with pytest.raises(VLMError):
-        load_dead_letters(files, "a.jsonl", "s")
+def test_of_twins_in_an_unchanged_shard_only_the_one_that_failed_did(clock):
+    files, twin = MemoryFiles(), b'{"text": "twin"}'
+    (letter,) = run(files, failed(sample(7, twin), "transient"))
+    here, moved = DeadLetters([letter], in_place=True), DeadLetters([letter])
+    assert here.earlier(sample(3, twin)) is None
+    assert here.earlier(sample(7, twin)) == letter
+    assert here.earlier(sample(7, b"{}")) is None
+    assert moved.earlier(sample(3, twin)) == letter
