@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Protocol
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.compression import Gzip, Zstandard
 from airflow_vlm_provider.shards.jsonl import JsonLines
+from airflow_vlm_provider.shards.webdataset import WebDataset
 from airflow_vlm_provider.types import Row, Sample
 
 
@@ -87,6 +88,9 @@ FORMATS: tuple[ShardFormat, ...] = (
     JsonLines(suffixes=(".jsonl", ".ndjson")),
     JsonLines(suffixes=(".jsonl.gz", ".ndjson.gz"), codec=Gzip()),
     JsonLines(suffixes=(".jsonl.zst", ".ndjson.zst"), codec=Zstandard()),
+    WebDataset(suffixes=(".tar",)),
+    WebDataset(suffixes=(".tar.gz", ".tgz"), codec=Gzip()),
+    WebDataset(suffixes=(".tar.zst",), codec=Zstandard()),
 )
 
 
