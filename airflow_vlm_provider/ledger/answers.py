@@ -1,0 +1,161 @@
+"""What one task knows of answers: those of its own shards, and those that other journals hold, by the request's key.
+
+Invariants:
+
+- A journal segment is read at most once by a task, when one of its answers is wanted for the first time; who wants
+  another one meanwhile waits for the same read.
+- Of several answers to a key, the newest counts.
+- What the key index names and can't be found, or is torn, is reported once and passed over. That storage can't be
+  reached is an error: to go on would be to pay again.
+- Memory is bounded: answers are in a temporary file, and of the key index each answer takes 20 bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from airflow_vlm_provider.errors import VLMError
+from airflow_vlm_provider.ledger.key_index import KeyIndex
+from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
+from airflow_vlm_provider.ledger.manifest import Files
+from airflow_vlm_provider.ledger.records import key_of, newer
+from airflow_vlm_provider.ledger.segments import MAX_FILE_BYTES, iter_segment
+
+log = logging.getLogger(__name__)
+
+# Which destination, and the segment's name below its root.
+Segment = tuple[int, str]
+
+# So many segments are read at once: each of them is in memory meanwhile.
+READS = 4
+
+
+class Answers:
+    """What one task knows. It is ready once :meth:`open` has returned.
+
+    :param destination: Where the task's own shards have their ledger.
+    :param reuse: Further destinations whose answers count, the first one's before the second's.
+    :param step: The step's name.
+    :param in_thread: Runs what blocks, away from the event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        destination: Files,
+        reuse: Sequence[Files] = (),
+        step: str,
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]],
+    ) -> None:
+        self._files = (destination, *reuse)
+        self._indexes = tuple(KeyIndex(files, step=step) for files in self._files)
+        self._in_thread = in_thread
+        self._known = KeyValueFile(choose=newer)
+        self._reading: dict[Segment, asyncio.Task[None]] = {}
+        self._read: set[Segment] = set()
+        self._reads = asyncio.Semaphore(READS)
+
+    @property
+    def index(self) -> KeyIndex:
+        """The destination's key index, loaded: commits are added to it."""
+        return self._indexes[0]
+
+    async def open(self) -> None:
+        """Load the key indexes. The destination's own is merged when it has too many files.
+
+        :raises PermissionError: access to a destination is denied.
+        :raises ConnectionError: a destination can't be reached.
+        """
+        loads = [self._load_own, *(index.load for index in self._indexes[1:])]
+        await asyncio.gather(*(self._in_thread(load) for load in loads))
+
+    def _load_own(self) -> None:
+        try:
+            self.index.merge()
+        except (VLMError, OSError) as error:
+            log.warning("The index of answers could not be merged, which only costs time: %s", error)
+            self.index.load()
+
+    def put(self, lines: Iterable[bytes]) -> None:
+        """Make answers known, given as lines of the journal. For any thread.
+
+        :raises OSError: the temporary file that they are kept in can't be written.
+        """
+        self._known.put_many((bytes.fromhex(key_of(line)), line) for line in lines)
+
+    def has(self, key: str) -> bool:
+        """Whether :meth:`get` will most likely find an answer. For any thread; reads nothing."""
+        return self._known.get(bytes.fromhex(key)) is not None or any(self._unread(key))
+
+    async def get(self, key: str) -> bytes | None:
+        """The journal's line that answers a key; None when no journal that counts is known to have one.
+
+        :raises OSError: the segment that has it can't be read, though it is there.
+        """
+        wanted = bytes.fromhex(key)
+        line = self._known.get(wanted)
+        if line is None:
+            for segment in self._unread(key):
+                await self._read_once(segment)
+                if (line := self._known.get(wanted)) is not None:
+                    break
+        return line
+
+    def known(self) -> int:
+        """How many answers are at hand without another read."""
+        return len(self._known)
+
+    async def close(self) -> None:
+        """Stop reading and free everything."""
+        tasks = list(self._reading.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._known.close()
+
+    def _unread(self, key: str) -> Iterator[Segment]:
+        """The segments that may hold a key and have not been read, the most promising first."""
+        for place, index in enumerate(self._indexes):
+            for name in index.find(key):
+                if (place, name) not in self._read:
+                    yield place, name
+
+    async def _read_once(self, segment: Segment) -> None:
+        if segment in self._read:
+            return
+        task = self._reading.get(segment)
+        if task is None:
+            task = self._reading[segment] = asyncio.create_task(self._read_segment(segment))
+            task.add_done_callback(_seen)
+        # Shielded: who waits may be cancelled, and others wait for the same.
+        await asyncio.shield(task)
+
+    async def _read_segment(self, segment: Segment) -> None:
+        try:
+            async with self._reads:
+                await self._in_thread(lambda: self._put_segment(segment))
+            self._read.add(segment)
+        finally:
+            del self._reading[segment]
+
+    def _put_segment(self, segment: Segment) -> None:
+        place, name = segment
+        files = self._files[place]
+        uri = getattr(files, "uri", "") + name
+        try:
+            for lines in iter_segment(files.read(name, max_bytes=MAX_FILE_BYTES)):
+                self.put(lines)
+        except FileNotFoundError:
+            # A commit of its shard has replaced it, and the newer one is in the index too.
+            log.info("%s, which the index of answers names, is gone.", uri)
+        except VLMError as error:
+            log.warning("%s is left out: %s Answers that only it holds are asked for again.", uri, error)
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Look at a read's error, which nobody else does when all who waited for it were cancelled."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,116 @@
+"""A table of bytes by bytes that lives in a temporary file: as large as the disk allows, at a fixed cost in memory.
+
+Invariants:
+
+- Memory stays within the page cache's bound, however many rows there are.
+- Nothing is left behind, not even by a process that is killed: SQLite removes the file's name as soon as it is open.
+- A key has one value: the last that was put, or the one that ``choose`` chose.
+
+Values stand apart from the keys, in the order in which they came. Keys come in random order; in one tree with them,
+almost every row put would rewrite a page of some other rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+
+# The rest is in the operating system's cache of files for as long as there is memory: more would gain nothing.
+CACHE_KIB = 4 * 1024
+# Rows put, or read, before another thread gets its turn: a few milliseconds.
+TURN_ROWS = 500
+
+_TABLES = """
+CREATE TABLE rows (number INTEGER PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE keys (key BLOB PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_PUT = "INSERT INTO keys VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET number = excluded.number"
+_IF_CHOSEN = """ WHERE chosen((SELECT value FROM rows WHERE rows.number = keys.number),
+                              (SELECT value FROM rows WHERE rows.number = excluded.number))"""
+_GET = "SELECT value FROM keys JOIN rows USING (number) WHERE key = ?"
+_NEXT = "SELECT key, value FROM keys JOIN rows USING (number) WHERE key > ? ORDER BY key LIMIT ?"
+
+
+class KeyValueFile:
+    """Bytes by bytes, in a temporary file that goes with this object. Safe to use from several threads at once.
+
+    :param choose: Given the value that is there and another one for the same key, returns the one to keep; None
+        keeps the last.
+    """
+
+    def __init__(self, *, choose: Callable[[bytes, bytes], bytes] | None = None) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        # An empty name is a database of SQLite's own in a temporary file, which it writes once the cache is full.
+        self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        self._database.executescript(_TABLES)
+        self._put = _PUT
+        if choose is not None:
+            self._put += _IF_CHOSEN
+            self._database.create_function("chosen", 2, lambda old, new: choose(old, new) != old)
+
+    def put_many(self, pairs: Iterable[tuple[bytes, bytes]]) -> None:
+        """Put keys with their values.
+
+        :raises OSError: the temporary file can't be written; the table is then of no more use.
+        """
+        pairs = iter(pairs)
+        while batch := list(islice(pairs, TURN_ROWS)):
+            with self._turn() as database:
+                first = self._count
+                self._count += len(batch)
+                database.execute("BEGIN")
+                database.executemany(
+                    "INSERT INTO rows VALUES (?, ?)",
+                    ((number, value) for number, (_, value) in enumerate(batch, first)),
+                )
+                database.executemany(
+                    self._put, ((key, number) for number, (key, _) in enumerate(batch, first))
+                )
+                database.execute("COMMIT")
+
+    def get(self, key: bytes) -> bytes | None:
+        """The key's value; None when it has none. Takes some microseconds."""
+        with self._turn() as database:
+            row = database.execute(_GET, (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def items_sorted(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every key with its value, in the order of the keys; what is put meanwhile may or may not be among them."""
+        last: bytes | int = -1  # SQLite sorts numbers before bytes
+        while True:
+            with self._turn() as database:
+                batch = database.execute(_NEXT, (last, TURN_ROWS)).fetchall()
+            if not batch:
+                return
+            yield from batch
+            last = batch[-1][0]
+
+    def __len__(self) -> int:
+        with self._turn() as database:
+            count: int = database.execute("SELECT count(*) FROM keys").fetchone()[0]
+        return count
+
+    def close(self) -> None:
+        """Free the file. The table can't be used any more; closing it again does nothing."""
+        with self._lock:
+            self._database.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._database
+            except sqlite3.OperationalError as error:
+                raise OSError(
+                    errno.EIO,
+                    f"The temporary file of what is known can't be used ({error}). Free space where temporary "
+                    "files are, or name another directory in TMPDIR.",
+                ) from error
