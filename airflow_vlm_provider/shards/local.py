@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
@@ -123,7 +123,8 @@ class LocalStore:
         check_name(name)
         # As for create(): a link in the object's own place is removed, not followed.
         folder, _, file_name = name.rpartition("/")
-        with contextlib.suppress(FileNotFoundError), _name_errors(self.uri + name):
+        absent = (FileNotFoundError, IsADirectoryError, NotARegularFileError)
+        with contextlib.suppress(*absent), _name_errors(self.uri + name):
             path = self._inside(folder) / file_name
             if not path.is_symlink():
                 _regular_file(path)
@@ -134,7 +135,7 @@ class LocalStore:
             path = self._path(name)
             _regular_file(path)
             # Should a FIFO have taken the file's place since, opening it must not wait for a writer.
-            return cast("BinaryIO", open(path, "rb", buffering, opener=_open_without_blocking))
+            return open(path, "rb", buffering, opener=_open_without_blocking)
 
     def _folder(self, folder: str) -> Path | None:
         """Return the real path of a folder below the root; None when no object can be in it."""

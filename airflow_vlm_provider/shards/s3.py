@@ -6,24 +6,30 @@ import contextlib
 import io
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import pairwise
 from typing import Any, BinaryIO, cast
 
 from airflow_vlm_provider.shards.s3_errors import BrokenResponseError, s3_errors
+from airflow_vlm_provider.shards.s3_random_access import RandomAccessReader
 from airflow_vlm_provider.shards.s3_reader import ResumingReader, entity
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
     ObjectInfo,
     ObjectTooLargeError,
+    StoreError,
     check_name,
+    in_order,
     is_hidden,
 )
 
 READ_BUFFER_BYTES = 256 * 1024
 SPOOL_BYTES = 8 * 1024 * 1024
 MAX_KEY_BYTES = 1024
+# The last character that a request can hold and a key hardly begins with.
+_HIGH = "\U0010fffd"
+_BEFORE_SURROGATES, _AFTER_SURROGATES = 0xD7FF, 0xE000
 
 
 class S3Store:
@@ -49,12 +55,22 @@ class S3Store:
         return f"s3://{self._bucket}/{self._prefix}"
 
     def list(self, folder: str = "") -> Iterator[ObjectInfo]:
+        """
+        Yield every object below a prefix. Of folders that are hidden, at most a page is listed.
+        """
         below = self._key(folder) + "/" if folder else self._prefix
-        for entry in chain.from_iterable(self._pages(below)):
-            name = entry["Key"][len(self._prefix) :]
-            # Keys that end in "/" are the folders that consoles draw.
-            if entry["Key"] != below and not name.endswith("/") and not is_hidden(entry["Key"][len(below) :]):
-                yield _listed(name, entry)
+        entries: Sequence[dict[str, Any]] = ()
+        after, more = "", True
+        while more:
+            entries, more = self._page(below, after=after)
+            for entry in entries:
+                key = entry["Key"]
+                # Keys that end in "/" are the folders that consoles draw.
+                if key != below and not key.endswith("/") and not is_hidden(key[len(below) :]):
+                    yield _listed(key[len(self._prefix) :], entry)
+            if more:
+                # A ledger has more objects than the data that it is about.
+                after = _past_hidden_folder(entries[-1]["Key"], below)
 
     def stat(self, name: str) -> ObjectInfo:
         key, client = self._key(name), self._s3()
@@ -62,8 +78,31 @@ class S3Store:
             head = client.head_object(Bucket=self._bucket, Key=key)
         return _object_info(name, *entity(head, self.uri + name))
 
+    def stat_many(self, names: Iterable[str]) -> Iterator[tuple[str, ObjectInfo | None]]:
+        page: dict[str, dict[str, Any]] = {}
+        last, more = "", True
+        for name in in_order(names):
+            try:
+                key = self._key(name)
+            except InvalidNameError:
+                yield name, None
+                continue
+            # What lies between the end of a page and the next name is not listed: every page begins with a name.
+            while more and key > last:
+                entries, more = self._page(self._prefix, after=max(last, _just_before(key)))
+                page = {entry["Key"]: entry for entry in entries}
+                last = entries[-1]["Key"] if entries else last
+            yield name, _listed(name, page[key]) if key in page else None
+
     def open(self, name: str) -> BinaryIO:
         return self._buffered(self._reader(name))
+
+    def open_seekable(self, name: str) -> BinaryIO:
+        key, client, uri = self._key(name), self._s3(), self.uri + name
+        with s3_errors(uri):
+            version = entity(client.head_object(Bucket=self._bucket, Key=key), uri)
+        get_object = partial(client.get_object, Bucket=self._bucket, Key=key)
+        return cast("BinaryIO", RandomAccessReader(get_object, uri=uri, version=version))
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         return self.fetch(name, max_bytes=max_bytes)[0]
@@ -71,11 +110,12 @@ class S3Store:
     def fetch(self, name: str, *, max_bytes: int) -> tuple[bytes, ObjectInfo]:
         reader = self._reader(name)
         with self._buffered(reader) as stream:
-            if reader.size > max_bytes:
+            size = reader.entity.size
+            if size > max_bytes:
                 raise ObjectTooLargeError(
-                    f"{self.uri + name} has {reader.size} bytes; at most {max_bytes} are taken."
+                    f"{self.uri + name} has {size} bytes; at most {max_bytes} are taken."
                 )
-            return stream.read(reader.size), _object_info(name, *reader.entity)
+            return stream.read(size), _object_info(name, *reader.entity)
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
@@ -98,16 +138,24 @@ class S3Store:
         with s3_errors(self.uri + name):
             client.delete_object(Bucket=self._bucket, Key=key)
 
-    def _pages(self, prefix: str) -> Iterator[Sequence[dict[str, Any]]]:
-        """Yield the listing of a prefix, page by page."""
-        paginator = self._s3().get_paginator("list_objects_v2")
-        with s3_errors(self.uri):
-            # S3 lists keys in the order of their UTF-8 bytes, which is that of Python's strings.
-            for page in paginator.paginate(Bucket=self._bucket, Prefix=prefix):
-                # boto3 takes a response without a body, whose head was cut off, for an empty listing.
-                if "IsTruncated" not in page:
-                    raise BrokenResponseError(f"{self.uri}: the connection broke off while S3 listed it.")
-                yield page.get("Contents", [])
+    def _page(self, prefix: str, *, after: str) -> tuple[Sequence[dict[str, Any]], bool]:
+        """Return the first page of a prefix's keys after a given one, and whether there are more."""
+        uri = f"s3://{self._bucket}/{prefix}"
+        position = {"StartAfter": after} if after else {}
+        with s3_errors(uri):
+            page = self._s3().list_objects_v2(Bucket=self._bucket, Prefix=prefix, **position)
+        # boto3 takes a response without a body, whose head was cut off, for an empty listing.
+        if "IsTruncated" not in page:
+            raise BrokenResponseError(f"{uri}: the connection broke off while S3 listed it.")
+        entries: Sequence[dict[str, Any]] = page.get("Contents", ())
+        # S3 lists keys in the order of their UTF-8 bytes, which is that of Python's strings. Directory buckets don't.
+        keys = [after, *(entry["Key"] for entry in entries)]
+        if any(one >= other for one, other in pairwise(keys)) or (page["IsTruncated"] and not entries):
+            raise StoreError(
+                f"{uri} is listed in no order, so that not all of it can be found; use a general purpose bucket, not a "
+                "directory bucket (S3 Express)."
+            )
+        return entries, page["IsTruncated"]
 
     def _key(self, name: str) -> str:
         check_name(name)
@@ -139,6 +187,25 @@ def _default_client() -> Any:
     import boto3
 
     return boto3.session.Session().client("s3")
+
+
+def _just_before(key: str) -> str:
+    """Return a string that sorts before a key, with hardly a possible key between them."""
+    head, last = key[:-1], ord(key[-1])
+    before = _BEFORE_SURROGATES if last == _AFTER_SURROGATES else last - 1
+    start = head + chr(before) + _HIGH
+    # A control character's predecessor may be NUL, which no request can hold.
+    return start if before and len(start.encode()) <= MAX_KEY_BYTES else head
+
+
+def _past_hidden_folder(key: str, below: str) -> str:
+    """Return what sorts after every key in the hidden folder that a key is in; the key itself when it is in none."""
+    folders = key[len(below) :].split("/")[:-1]
+    for depth, folder in enumerate(folders, 1):
+        if is_hidden(folder):
+            end = below + "/".join(folders[:depth]) + "/" + _HIGH
+            return max(key, end) if len(end.encode()) <= MAX_KEY_BYTES else key
+    return key
 
 
 def _object_info(name: str, etag: str, size: int, modified: float) -> ObjectInfo:

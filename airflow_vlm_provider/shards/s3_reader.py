@@ -1,4 +1,4 @@
-"""Reading one S3 object to its end over connections that break."""
+"""Reading one S3 object, or a part of it, to its end over connections that break."""
 
 from __future__ import annotations
 
@@ -23,26 +23,52 @@ FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 10.0
 
 
+class Entity(NamedTuple):
+    """What the head of a response tells about an object.
+
+    :param size: Length of the body, in bytes.
+    :param modified: Seconds since 1970; 0.0 when the server does not say.
+    """
+
+    etag: str
+    size: int
+    modified: float
+
+
 class ResumingReader(io.RawIOBase):
-    """The bytes of one version of an object.
+    """The bytes of one version of an object, or a part of them.
 
     When the connection breaks, reading goes on from the same byte, asking for the same ETag. The end is where
     the object's size says, never where a body happened to stop.
 
     :param get_object: boto3's ``get_object``, bound to bucket and key.
     :param uri: The object's URI, for messages.
+    :param version: The version to read, as an earlier response told of it; None asks for the one that is there.
+    :param start: Where to begin, in bytes; only with ``version``.
+    :param stop: Where to end, at most the version's size; None reads to its end.
     """
 
-    def __init__(self, get_object: Callable[..., dict[str, Any]], *, uri: str) -> None:
+    def __init__(
+        self,
+        get_object: Callable[..., dict[str, Any]],
+        *,
+        uri: str,
+        version: Entity | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
         super().__init__()
         self._get_object = get_object
         self._uri = uri
-        self._position = 0
-        with s3_errors(uri):
-            response = get_object()
-        self._body: Any = response["Body"]
-        self.entity = entity(response, uri)
-        self._etag, self.size = self.entity.etag, self.entity.size
+        self._body: Any = None
+        if version is None:
+            with s3_errors(uri):
+                response = get_object()
+            self._body = response["Body"]
+            version = entity(response, uri)
+        self.entity = version
+        self._position = start
+        self._stop = version.size if stop is None else stop
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(BrokenResponseError),
             stop=tenacity.stop_after_attempt(ATTEMPTS),
@@ -60,7 +86,7 @@ class ResumingReader(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = min(len(view), self.size - self._position)
+        wanted = min(len(view), self._stop - self._position)
         if wanted == 0:
             return 0
         data: bytes = self._retrying(self._read, wanted)
@@ -79,7 +105,7 @@ class ResumingReader(io.RawIOBase):
         try:
             with s3_errors(self._uri):
                 data: bytes = self._body.read(wanted)
-                if self._position + len(data) == self.size:
+                if self._position + len(data) == self._stop:
                     # botocore compares the checksum when it meets the end.
                     self._body.read(1)
         except ConnectionError as error:
@@ -90,20 +116,23 @@ class ResumingReader(io.RawIOBase):
             raise
         if not data:
             self._drop_body()
-            raise BrokenResponseError(f"{self._uri} ended after {self._position} of {self.size} bytes.")
+            raise BrokenResponseError(
+                f"{self._uri} ended after {self._position} of {self.entity.size} bytes."
+            )
         return data
 
     def _reopen(self) -> Any:
+        last = self._stop - 1 if self._stop < self.entity.size else ""
         try:
             with s3_errors(self._uri):
-                response = self._get_object(Range=f"bytes={self._position}-", IfMatch=self._etag)
+                response = self._get_object(Range=f"bytes={self._position}-{last}", IfMatch=self.entity.etag)
         except FileNotFoundError as error:
             raise ObjectChangedError(f"{self._uri} was deleted while it was being read.") from error
         etag, size, _ = entity(response, self._uri)
         # Not every server knows If-Match and Range.
-        if etag != self._etag:
+        if etag != self.entity.etag:
             raise ObjectChangedError(f"{self._uri} was replaced while it was being read; read it again.")
-        if size != self.size - self._position:
+        if size != self._stop - self._position:
             raise BrokenResponseError(f"{self._uri}: the server did not return the range that was asked for.")
         return response["Body"]
 
@@ -114,19 +143,9 @@ class ResumingReader(io.RawIOBase):
 
     def _log_break(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        log.warning("%s: reading goes on from byte %d of %d: %s", self._uri, self._position, self.size, error)
-
-
-class Entity(NamedTuple):
-    """What the head of a response tells about an object.
-
-    :param size: Length of the body, in bytes.
-    :param modified: Seconds since 1970; 0.0 when the server does not say.
-    """
-
-    etag: str
-    size: int
-    modified: float
+        log.warning(
+            "%s: reading goes on from byte %d of %d: %s", self._uri, self._position, self.entity.size, error
+        )
 
 
 def entity(response: dict[str, Any], uri: str) -> Entity:
