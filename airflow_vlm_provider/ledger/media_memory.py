@@ -29,15 +29,13 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any
+from itertools import chain, groupby
+from typing import Any
 
 from airflow_vlm_provider.errors import LASTING_KINDS
+from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
 from airflow_vlm_provider.ledger.manifest import Files, ledger_folder
 from airflow_vlm_provider.types import Looked
-
-if TYPE_CHECKING:
-    from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +47,6 @@ VERSION = 1
 SPOOL_BYTES = 1024 * 1024
 # How many lines back a repeated one is noticed, at least. Neighbouring rows share pictures; far ones cost a line more.
 RECENT = 32_768
-_BATCH = 1000
 # What keys in the table begin with: places come before references.
 _PLACE, _REFERENCE = b"L", b"R"
 
@@ -80,7 +77,9 @@ class MediaRecorder:
 
         self.count = 0
         self._spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - closed by close()
-        self._lines = zstandard.ZstdCompressor(write_checksum=True).stream_writer(self._spool, closefd=False)
+        self._lines: Any = zstandard.ZstdCompressor(write_checksum=True).stream_writer(
+            self._spool, closefd=False
+        )
         # Hashes, of 64 bits, because references can be long.
         self._recent: set[int] = set()
         self._older: set[int] = set()
@@ -158,12 +157,9 @@ class MediaMemory:
         :param name: The record's name in ``files``.
         :param parameters: As for :class:`MediaRecorder`, as they are now.
         """
-        from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
-
         table = KeyValueFile()
         try:
-            for pairs in _batches(_pairs(_lines(files, name), parameters)):
-                table.put_many(pairs)
+            table.put_many(_pairs(_lines(files, name), parameters))
         except _UselessError as error:
             table.close()
             log.warning("%s is of no use (%s), so all media are looked at again", name, error)
@@ -190,12 +186,11 @@ class MediaMemory:
         """
         if self._table is None:
             return int(self._lost)
-        for changed in _batches(self._compared(identities)):
-            if self._changed is None:
-                from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
-
-                self._changed = KeyValueFile()
-            self._changed.put_many(changed)
+        changed = self._compared(identities)
+        first = next(changed, None)
+        if first is not None:
+            self._changed = KeyValueFile()
+            self._changed.put_many(chain((first,), changed))
         self._checked = True
         if self._changed is None:
             return 0
@@ -333,8 +328,3 @@ def _encoded(text: str) -> bytes:
 
 def _decoded(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
-
-
-def _batches(pairs: Iterator[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
-    while batch := list(islice(pairs, _BATCH)):
-        yield batch
