@@ -21,7 +21,6 @@ Invariants:
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shutil
@@ -47,6 +46,8 @@ VERSION = 1
 SPOOL_BYTES = 1024 * 1024
 # How many lines back a repeated one is noticed, at least. Neighbouring rows share pictures; far ones cost a line more.
 RECENT = 32_768
+# Of the compressed record at a time: as much as is decompressed to some hundred kilobytes at the most.
+_STEP_BYTES = 8 * 1024
 # What keys in the table begin with: places come before references.
 _PLACE, _REFERENCE = b"L", b"R"
 
@@ -263,15 +264,25 @@ class _UselessError(Exception):
 
 
 def _lines(files: Files, name: str) -> Iterator[bytes]:
+    """Yield the record's lines, with nothing left out.
+
+    :raises _UselessError: it is not there, damaged or cut off.
+    """
     import zstandard
 
+    # Not the library's own reader, which takes a frame that was cut off for a whole one.
+    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
     try:
         with files.open(name) as stream:
-            yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(stream, closefd=False))
+            while step := stream.read(_STEP_BYTES):
+                *lines, rest = (rest + frame.decompress(step)).split(b"\n")
+                yield from lines
     except FileNotFoundError as error:
         raise _UselessError("it is not there") from error
     except zstandard.ZstdError as error:
         raise _UselessError(f"it is damaged: {error}") from error
+    if not frame.eof or rest or frame.unused_data:
+        raise _UselessError("it is damaged: it is cut off")
 
 
 def _pairs(lines: Iterator[bytes], parameters: Mapping[str, Any]) -> Iterator[tuple[bytes, bytes]]:
