@@ -43,6 +43,8 @@ class Sample:
     :param key: The name that the shard itself gives the sample, as a WebDataset tar does; None where rows have none.
     :param embedded: Media that the shard holds itself, by the reference that stands for them in ``row``.
     :param origin: What the format needs to write the sample back as it was; nobody else's to look at.
+    :param memory: About how many bytes ``row`` and ``origin`` keep occupied, from formats that know; then ``embedded``
+        is only made when it is looked at, out of these.
     """
 
     index: int
@@ -53,10 +55,13 @@ class Sample:
     key: str | None = None
     embedded: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     origin: Any = field(default=None, repr=False, compare=False)
+    memory: int | None = field(default=None, repr=False, compare=False)
 
     @property
     def size(self) -> int:
         """About how many bytes of memory the sample keeps occupied."""
+        if self.memory is not None:
+            return self.memory
         return len(self.raw) + sum(len(data) for data in self.embedded.values())
 
 

@@ -10,17 +10,22 @@ from typing import Any, BinaryIO, Protocol
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.compression import Gzip, Zstandard
 from airflow_vlm_provider.shards.jsonl import JsonLines
+from airflow_vlm_provider.shards.parquet import Parquet
 from airflow_vlm_provider.shards.webdataset import WebDataset
 from airflow_vlm_provider.types import Row, Sample
 
 
 @dataclass(frozen=True, slots=True)
 class RowKeys:
-    """What the fields of a row are called that a format without fields of its own makes."""
+    """What the fields of a row are called, for formats that can't tell by themselves what a field is for.
+
+    :param objects: Fields whose values are objects, also where a shard can only hold them as JSON text.
+    """
 
     text: str = "text"
     image: str = "images"
     video: str = "videos"
+    objects: frozenset[str] = frozenset()
 
 
 class RowWriter(Protocol):
@@ -91,6 +96,7 @@ FORMATS: tuple[ShardFormat, ...] = (
     WebDataset(suffixes=(".tar",)),
     WebDataset(suffixes=(".tar.gz", ".tgz"), codec=Gzip()),
     WebDataset(suffixes=(".tar.zst",), codec=Zstandard()),
+    Parquet(),
 )
 
 
