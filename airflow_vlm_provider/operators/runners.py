@@ -96,7 +96,12 @@ def make_runner(
         media=media,
         reuse=[storage.open_store(uri) for uri in _uris(operator.reuse_from)],
         flush=flush_policy(),
-        row_keys=RowKeys(text=operator.text_key, image=operator.image_key, video=operator.video_key),
+        row_keys=RowKeys(
+            text=operator.text_key,
+            image=operator.image_key,
+            video=operator.video_key,
+            objects=frozenset({operator.meta_key}),
+        ),
         output=operator.output,
         trust_media=operator.trust_media,
         failed_only=operator.failed_only,
