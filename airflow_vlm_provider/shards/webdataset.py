@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from airflow_vlm_provider.errors import ShardError
 from airflow_vlm_provider.shards.compression import Codec, DecompressingReader
 from airflow_vlm_provider.shards.jsonl import parse_object
 from airflow_vlm_provider.shards.tar_archive import TarArchive, has_content
@@ -42,8 +43,12 @@ if TYPE_CHECKING:
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 VIDEOS = frozenset({"mp4", "webm", "mkv", "mov", "avi", "m4v"})
+MEDIA = IMAGES | VIDEOS
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
 MAX_SAMPLE_BYTES = 256 * 1024 * 1024
+MAX_MEMBERS = 10_000
+# What a member's header takes in memory, roughly.
+HEADER_BYTES = 1024
 KEY_FIELD = "__key__"
 
 
@@ -99,10 +104,7 @@ class TarSample:
 
 
 class WebDatasetReader:
-    """An open WebDataset tar.
-
-    ``embedded`` holds every member of a sample and not only its media, so that a sample's size counts them all.
-    """
+    """An open WebDataset tar."""
 
     embeds_media = True
 
@@ -149,6 +151,7 @@ class _Group:
     form: WebDataset
     key: str | None = None
     members: list[Member] = field(default_factory=list)
+    suffixes: set[str] = field(default_factory=set)
     held: int = 0
     fault: str | None = None
 
@@ -160,9 +163,17 @@ class _Group:
             data = self._read(info, archive, part=suffix is not None)
         elif suffix is not None:
             self._blame(info, "is a link and not the file itself; write the tar with --hard-dereference")
-        if suffix is not None and any(member.suffix == suffix for member in self.members):
-            self._blame(info, "has the same suffix as another member of its sample")
+        if suffix is not None:
+            if suffix in self.suffixes:
+                self._blame(info, "has the same suffix as another member of its sample")
+            self.suffixes.add(suffix)
         self.members.append(Member(info, suffix, data))
+        if len(self.members) > MAX_MEMBERS:
+            what = "are part of no sample" if self.key is None else f"make one sample, {self.key!r}"
+            raise ShardError(
+                f"More than {MAX_MEMBERS} members of the tar archive {what}. Samples are told by the members' names "
+                "up to the first dot: write the tar with names like 0001.jpg, 0001.json, 0002.jpg."
+            )
 
     def _read(self, info: tarfile.TarInfo, archive: TarArchive, *, part: bool) -> bytes | None:
         if info.size > self.form.max_member_bytes:
@@ -191,9 +202,12 @@ class _Group:
             embedded={
                 _reference(member): member.data
                 for member in self.members
-                if member.suffix is not None and member.data is not None
+                if member.suffix is not None
+                and member.data is not None
+                and _last_part(member.suffix) in MEDIA
             },
             origin=TarSample(tuple(self.members), fields, own, next_key),
+            memory=self.held + HEADER_BYTES * len(self.members),
         )
 
     def _parse(self, keys: RowKeys) -> tuple[Row, Row]:
@@ -231,7 +245,7 @@ def _split(info: tarfile.TarInfo) -> tuple[str | None, str | None]:
     if not has_content(info):
         # Whoever links instead of copying means the content; a link to anything else says nothing.
         is_link = info.islnk() or info.issym()
-        if not is_link or (suffix not in ("json", "txt") and _last_part(suffix) not in IMAGES | VIDEOS):
+        if not is_link or (suffix not in ("json", "txt") and _last_part(suffix) not in MEDIA):
             return None, None
     return folder + slash + stem, suffix
 
