@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from airflow_vlm_provider.errors import ConfigError
-from airflow_vlm_provider.shards.stores import split_uri
+from airflow_vlm_provider.shards.stores import is_same_authority, split_uri
 
 
 def check_destination(source: str, destination: str) -> None:
@@ -20,7 +20,7 @@ def check_destination(source: str, destination: str) -> None:
             )
     scheme, bucket, path = split_uri(destination)
     source_scheme, source_bucket, source_path = split_uri(source)
-    if (scheme, bucket) != (source_scheme, source_bucket):
+    if scheme != source_scheme or not is_same_authority(bucket, source_bucket):
         return
     if scheme == "file":
         # However it is spelt, and whatever links lead there.

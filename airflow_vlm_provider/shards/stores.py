@@ -1,4 +1,4 @@
-"""Stores: where shards and media live. One contract for a local directory and an S3 prefix.
+"""Stores: where shards and media live. One contract for a local directory, an S3 prefix and other object stores.
 
 A store is a root and the objects below it, each known by its name relative to the root. No name, and no
 symbolic link, leads out of the root. URIs are taken literally, as S3 and fsspec do: nothing in them is
@@ -8,12 +8,24 @@ percent-decoded.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
 from airflow_vlm_provider.errors import ConfigError, VLMError
+
+# Schemes of object stores: what follows is a bucket, folders are but a part of names, and a put is atomic.
+BUCKET_SCHEMES = frozenset({"s3", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "cos", "obs", "tos"})
+_SCHEME = re.compile("[a-z][a-z0-9+.-]*")
+_OTHER_SCHEMES = {
+    "s3a": "write s3:// instead",
+    "s3n": "write s3:// instead",
+    "local": "write file:/// instead",
+    "http": "only media are read over HTTP, by a root in media_roots",
+    "https": "only media are read over HTTP, by a root in media_roots",
+}
 
 
 class StoreError(VLMError):
@@ -146,8 +158,10 @@ def split_uri(uri: str) -> tuple[str, str, str]:
     """
     Split a store's or an object's URI.
 
-    :return: ``("s3", bucket, key)`` or ``("file", "", absolute path)``.
-    :raises ConfigError: The URI is of another scheme or incomplete.
+    :return: ``("s3", bucket, key)``, ``("file", "", absolute path)``, or of any other scheme the same three parts:
+        ``("gs", bucket, key)``. An Airflow connection that the URI names stays in the second:
+        ``("gs", "connection@bucket", key)``.
+    :raises ConfigError: The URI is malformed or incomplete, or never names a store.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
@@ -156,20 +170,40 @@ def split_uri(uri: str) -> tuple[str, str, str]:
                 "An empty URI names no place; give s3://bucket/prefix, file:///path or a local path."
             )
         return "file", "", os.path.abspath(uri)  # noqa: PTH100  Path.absolute() keeps ".."
+    scheme = scheme.lower()
     authority, slash, path = rest.partition("/")
-    if scheme == "s3":
-        if not authority:
-            raise ConfigError(f"{uri!r} names no bucket; write s3://bucket/prefix.")
-        return "s3", authority, path
     if scheme == "file":
         if authority not in ("", "localhost") or not slash:
             raise ConfigError(
                 f"{uri!r} is not a path on this machine; write file:///path, with three slashes."
             )
         return "file", "", os.path.abspath("/" + path)  # noqa: PTH100
-    raise ConfigError(
-        f"{uri!r} has the scheme {scheme!r}; only s3://, file:// and local paths are supported."
-    )
+    user, _, host = authority.rpartition("@")
+    if ":" in user:
+        raise ConfigError(
+            f"The URI {scheme}://***@{host}/{path} holds a password. Put it in an Airflow connection, and name that "
+            "by storage_conn_id."
+        )
+    if not _SCHEME.fullmatch(scheme) or scheme in _OTHER_SCHEMES:
+        remedy = _OTHER_SCHEMES.get(scheme, "write s3://bucket/prefix, file:///path or a local path")
+        raise ConfigError(f"{uri!r} has the scheme {scheme!r}, which names no store of shards; {remedy}.")
+    if scheme == "s3" and user:
+        raise ConfigError(f"{uri!r} names a connection before its bucket; give it by aws_conn_id instead.")
+    if not host and (scheme in BUCKET_SCHEMES or not path):
+        raise ConfigError(f"{uri!r} names no bucket; write {scheme}://bucket/prefix.")
+    return scheme, authority, path
+
+
+def is_same_authority(one: str, other: str) -> bool:
+    """
+    Tell whether the second parts that :func:`split_uri` returns for two URIs of a scheme can mean one bucket.
+
+    They do when the bucket has the same name and they do not name different connections: on Azure, two storage
+    accounts may each have a container of the name.
+    """
+    user, _, host = one.rpartition("@")
+    other_user, _, other_host = other.rpartition("@")
+    return host == other_host and (user == other_user or not user or not other_user)
 
 
 def check_name(name: str) -> None:
