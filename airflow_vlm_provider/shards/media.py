@@ -42,7 +42,6 @@ from airflow_vlm_provider.shards.opening import open_store
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
     NotARegularFileError,
-    ObjectInfo,
     ObjectTooLargeError,
     OutsideRootError,
     Store,
@@ -55,6 +54,8 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 64 * 1024 * 1024
 # A reference that holds a picture instead of naming one would drown the list of dead letters.
 _REPORTED_CHARS = 1000
+# The identity of a FIFO, or of a link to where nothing may be read: where a search ends, unlike where nothing is.
+_REFUSED = "refused"
 # Requests at once where every file has to be asked for by itself.
 _STAT_THREADS = 16
 _STAT_BATCH = 1000
@@ -68,6 +69,8 @@ class MediaLoader:
         lies where the shards are.
     :param max_pixels: Shrink larger images to so many pixels (width x height); None leaves them as they are.
     :param s3_client: Makes the boto3 S3 client, called when it is first needed.
+    :param filesystem: Makes the fsspec file system for a root of another scheme; see
+        :func:`~airflow_vlm_provider.shards.opening.open_store`.
     :param max_bytes: Most bytes that one file may have.
     :raises ConfigError: a root is malformed or never read, or a limit is below 1.
     """
@@ -79,6 +82,7 @@ class MediaLoader:
         roots: Sequence[str] | None = None,
         max_pixels: int | None = None,
         s3_client: Callable[[], Any] | None = None,
+        filesystem: Callable[[str], Any] | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> None:
         if max_pixels is not None and max_pixels < 1:
@@ -92,7 +96,7 @@ class MediaLoader:
         self._named_roots = None if roots is None else list(roots)
         self._roots = MediaRoots([source_uri] if roots is None else roots)
         self._stores: dict[str, Store] = {
-            uri: open_store(uri, s3_client=s3_client) for uri in self._roots.store_uris
+            uri: open_store(uri, s3_client=s3_client, filesystem=filesystem) for uri in self._roots.store_uris
         }
         self._fetch_url: Callable[[HttpUrl], bytes] | None = None
         if self._roots.allow_http:
@@ -182,16 +186,16 @@ class MediaLoader:
         """
         for root, group in groupby(uris, key=self._root_of):
             if root is None:
-                yield from ((uri, "" if _is_http(uri) else None) for uri in group)
+                http = self._roots.allow_http
+                yield from ((uri, "" if http and _is_http(uri) else None) for uri in group)
                 continue
-            for name, info in self._stat_many(root, (uri[len(root) :] for uri in group)):
-                identity = self._identity_behind_link(root, name) if info is None else info.identity
-                yield root + name, identity
+            names = (uri[len(root) :] for uri in group)
+            yield from ((root + name, identity) for name, identity in self._identities_below(root, names))
 
     def _root_of(self, uri: str) -> str | None:
         return next((root for root in self._stores if uri.startswith(root)), None)
 
-    def _stat_many(self, root: str, names: Iterator[str]) -> Iterator[tuple[str, ObjectInfo | None]]:
+    def _identities_below(self, root: str, names: Iterator[str]) -> Iterator[tuple[str, str | None]]:
         waiting: deque[str] = deque()
 
         def noted() -> Iterator[str]:
@@ -202,34 +206,34 @@ class MediaLoader:
         try:
             for name, info in self._stores[root].stat_many(noted()):
                 waiting.popleft()
-                yield name, info
+                yield name, self._identity_of_no_object(root, name) if info is None else info.identity
         except PermissionError as error:
             # Who may read objects may not always list them.
             log.warning("%s may not be listed, so its files are looked up one by one (%s)", root, error)
             rest = chain(waiting, names)
             with ThreadPoolExecutor(_STAT_THREADS, thread_name_prefix="vlm-stat") as threads:
-                while batch := list(islice(rest, _STAT_BATCH)):
-                    yield from threads.map(lambda name: (name, self._stat(root, name)), batch)
+                while batch := [StoredMedia(root, name) for name in islice(rest, _STAT_BATCH)]:
+                    yield from zip(
+                        (place.name for place in batch), threads.map(self._identity, batch), strict=True
+                    )
 
-    def _stat(self, root: str, name: str) -> ObjectInfo | None:
+    def _identity_of_no_object(self, root: str, name: str) -> str | None:
+        # A store knows of no object where a link leads into another root, and tells nothing from what is no file.
+        if root.startswith("file:") and os.path.lexists(root.removeprefix("file://") + name):
+            return self._identity(StoredMedia(root, name))
+        return None
+
+    def _identity(self, place: StoredMedia, *, follow: bool = True) -> str | None:
+        """Look one file up, on the ways that :meth:`_read_stored` goes."""
         try:
-            return self._stores[root].stat(name)
-        except (
-            FileNotFoundError,
-            IsADirectoryError,
-            PermissionError,
-            NotARegularFileError,
-            InvalidNameError,
-        ):
+            return self._stores[place.root].stat(place.name).identity
+        except OutsideRootError:
+            target = self._roots.behind_link(place) if follow else None
+            return _REFUSED if target is None else self._identity(target, follow=False)
+        except (NotARegularFileError, InvalidNameError):
+            return _REFUSED
+        except (FileNotFoundError, IsADirectoryError, PermissionError):
             return None
-
-    def _identity_behind_link(self, root: str, name: str) -> str | None:
-        """What ``_read_stored`` would find by following a symbolic link into another root."""
-        if not root.startswith("file:") or not os.path.exists(root.removeprefix("file://") + name):  # noqa: PTH110
-            return None
-        target = self._roots.behind_link(StoredMedia(root, name))
-        info = None if target is None else self._stat(target.root, target.name)
-        return None if info is None else info.identity
 
     def _read_first(
         self, places: Sequence[StoredMedia | HttpUrl], ref: str, looked: list[tuple[str, str | None]]
@@ -261,11 +265,13 @@ class MediaLoader:
         return self._read_stored(place, follow=True)
 
     def _identity_of_failed(self, place: StoredMedia | HttpUrl, error: SampleError) -> str | None:
-        """The identity of what could not be read, which :meth:`identities` will be compared with."""
-        if isinstance(place, StoredMedia) and error.kind not in ("media_too_large", "media_unreadable"):
+        """The identity of what could not be read, as :meth:`identities` tells it."""
+        uri = str(place)
+        # What S3 does not have need not be asked for once more.
+        if not _is_http(uri) and not uri.startswith("file:") and error.kind == "media_missing":
             return None
         try:
-            return next(self.identities([str(place)]))[1]
+            return next(self.identities([uri]))[1]
         except (StoreError, OSError):
             return None
 
