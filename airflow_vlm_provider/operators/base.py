@@ -91,6 +91,8 @@ class ShardOperator(BaseOperator):
         "storage_conn_id",
     )
     ui_color = "#e3d7ff"
+    kinds: Sequence[str] | None = None
+    """The kinds of dead letters that ``failed_only`` asks again for; None for all."""
 
     def __init__(
         self,
@@ -146,7 +148,8 @@ class ShardOperator(BaseOperator):
         self.max_error_rate = max_error_rate
         self.concurrency = concurrency
         self.overwrite = overwrite
-        self.output = output
+        # `output` is what Airflow calls a task's return value.
+        self.output_form = output
         self.reuse_from = reuse_from
         self.trust_media = trust_media
         self.failed_only = failed_only
@@ -329,6 +332,7 @@ class ShardOperator(BaseOperator):
             "source": runner.source.uri,
             "destination": runner.destination.uri,
         }
+        summary |= self._extra_summary()
         for outlet in self.outlets:
             if isinstance(outlet, Asset):
                 context["outlet_events"][outlet].extra.update(summary)
@@ -344,6 +348,10 @@ class ShardOperator(BaseOperator):
                 f"{', '.join(errors[:3])}{' and more' if len(errors) > 3 else ''}."
             )
         return summary
+
+    def _extra_summary(self) -> dict[str, Any]:
+        """What an operator adds to the summary."""
+        return {}
 
 
 def _as_cached(was: Counts, *, cost: float | None) -> Counts:

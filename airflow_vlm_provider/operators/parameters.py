@@ -64,6 +64,7 @@ def check_partial(operator: type, kwargs: Mapping[str, Any]) -> None:
                 if parameter.kind is parameter.KEYWORD_ONLY:
                     values[name] = UNKNOWN if parameter.default is parameter.empty else parameter.default
     given = SimpleNamespace(**{**values, **kwargs})
+    given.output_form = given.output
     given.make_step = lambda: operator.make_step(given)  # type: ignore[attr-defined]
     check_parameters(given)
 
@@ -97,9 +98,9 @@ def _check_values(given: Any) -> None:
         value = getattr(given, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ParameterError(f"{name}={value!r} must be a whole number of at least 1, or None.")
-    if given.output not in (None, "full", "sidecar"):
+    if given.output_form not in (None, "full", "sidecar"):
         raise ParameterError(
-            f"output={given.output!r} must be 'full', 'sidecar' or None, for what suits the shard."
+            f"output={given.output_form!r} must be 'full', 'sidecar' or None, for what suits the shard."
         )
     for name in ("text_key", "image_key", "video_key", "meta_key"):
         value = getattr(given, name)
