@@ -7,6 +7,7 @@ of the DAG's author:
 root                                allows
 ==================================  ==========================================================================
 ``s3://bucket/prefix/``             the objects below the prefix, up to the slash: not ``s3://bucket/prefix2/``
+``gs://bucket/prefix/``             the same, and so for every scheme that a store can have
 ``/data/pics`` or ``file:///...``   the files below the folder; symbolic links only to within the roots
 ``https://host/path/``              URLs below the path on this very host and port, also at a private address
 ``https://`` or ``http://``         URLs of any host at a public address
@@ -31,7 +32,7 @@ from urllib.parse import unquote
 from airflow_vlm_provider.errors import ConfigError, SampleError
 from airflow_vlm_provider.shards.addresses import Reach, address_refusal, parse_address
 from airflow_vlm_provider.shards.http_urls import HttpUrl, parse_url
-from airflow_vlm_provider.shards.stores import split_uri
+from airflow_vlm_provider.shards.stores import is_same_authority, split_uri
 
 MAX_REFERENCE_CHARS = 8192
 _SHOWN_CHARS = 200
@@ -55,11 +56,14 @@ class StoredMedia:
 
 @dataclass(frozen=True, slots=True)
 class _StoreRoot:
-    """``prefixes`` are what a path must begin with: the root as written and, if links lead there, as it really is."""
+    """``prefixes`` are what a path must begin with: the root as written and, if links lead there, as it really is.
+
+    ``authority`` is the bucket, behind the connection if the root names one.
+    """
 
     uri: str
     scheme: str
-    bucket: str
+    authority: str
     prefixes: tuple[str, ...]
 
 
@@ -87,6 +91,8 @@ class MediaRoots:
                 self._http.append(_http_root(root))
             else:
                 self._stores.append(_store_root(root))
+        # A reference to a store without a root is outside; one of another scheme is not understood at all.
+        self._schemes = {"s3", "file", *(root.scheme for root in self._stores)}
         # A root that names a host says more about it than one that allows any.
         self._http.sort(key=lambda root: root.url is None)
         self._shown = ", ".join(shown(root) for root in roots[:3]) + (", ..." if len(roots) > 3 else "")
@@ -125,12 +131,13 @@ class MediaRoots:
             url = parse_url(ref)
             self.reach(url)
             return [url]
-        elif scheme[1].lower() in ("s3", "file") and scheme[2]:
+        elif scheme[2] and scheme[1].lower() in self._schemes:
             found = self._absolute(scheme[1].lower(), ref[scheme.end() :])
         else:
             raise SampleError(
                 "media_refused",
-                f"{shown(ref)} is refused: of schemes, only s3://, file://, https:// and http:// are read. "
+                f"{shown(ref)} is refused: of schemes, only s3://, file://, https://, http:// and those of the "
+                "media_roots are read. "
                 "If this is a file's name with a colon in it, write ./ before it.",
             )
         if found and None not in found:
@@ -165,8 +172,8 @@ class MediaRoots:
             *((uri, ref) for uri in self.store_uris),
         ]
         for uri, name in looks:
-            scheme, bucket, path = split_uri(uri)
-            place = self._stored(scheme, bucket, f"{path.removesuffix('/')}/{name}" if path else name)
+            scheme, authority, path = split_uri(uri)
+            place = self._stored(scheme, authority, f"{path.removesuffix('/')}/{name}" if path else name)
             if place is not None:
                 places[place] = None
         for base in (root.url for root in self._http if root.url is not None):
@@ -179,20 +186,24 @@ class MediaRoots:
 
     def _absolute(self, scheme: str, rest: str) -> list[StoredMedia | HttpUrl | None]:
         authority, slash, path = rest.partition("/")
-        if scheme == "s3":
-            return [self._stored("s3", authority, path)]
+        if scheme != "file":
+            # Which connection is used is not for a dataset to say; nor has it to spell out passwords.
+            if "@" in authority and authority not in {root.authority for root in self._stores}:
+                return []
+            return [self._stored(scheme, authority, path)]
         if authority.lower() not in ("", "localhost") or not slash:
             return []
         decoded = unquote(path)
         _check(decoded)
         return [self._stored("file", "", "/" + reading) for reading in dict.fromkeys((path, decoded))]
 
-    def _stored(self, scheme: str, bucket: str, path: str) -> StoredMedia | None:
-        resolved = _without_dots(path, keep_empty=scheme == "s3")
+    def _stored(self, scheme: str, authority: str, path: str) -> StoredMedia | None:
+        resolved = _without_dots(path, keep_empty=scheme != "file")
         if resolved is None:
             return None
         for root, prefix in self._prefixes():
-            if (root.scheme, root.bucket) == (scheme, bucket) and resolved.startswith(prefix):
+            same = root.scheme == scheme and is_same_authority(root.authority, authority)
+            if same and resolved.startswith(prefix):
                 name = resolved.removeprefix(prefix)
                 return StoredMedia(root.uri, name) if name else None
         return None
@@ -254,13 +265,13 @@ def _without_dots(path: str, *, keep_empty: bool) -> str | None:
 
 
 def _store_root(root: str) -> _StoreRoot:
-    scheme, bucket, path = split_uri(root)
-    if scheme == "s3":
+    scheme, authority, path = split_uri(root)
+    if scheme != "file":
         prefix = path.rstrip("/") + "/" if path.rstrip("/") else ""
-        return _StoreRoot(f"s3://{bucket}/{prefix}", scheme, bucket, (prefix,))
+        return _StoreRoot(f"{scheme}://{authority}/{prefix}", scheme, authority, (prefix,))
     # A leading slash less, to compare with what _without_dots returns.
     prefixes = [f"{folder.strip('/')}/".removeprefix("/") for folder in (path, os.path.realpath(path))]
-    return _StoreRoot(f"file:///{prefixes[0]}", scheme, bucket, tuple(dict.fromkeys(prefixes)))
+    return _StoreRoot(f"file:///{prefixes[0]}", scheme, authority, tuple(dict.fromkeys(prefixes)))
 
 
 def _http_root(root: str) -> _HttpRoot:

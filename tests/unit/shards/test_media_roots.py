@@ -117,6 +117,46 @@ def test_a_whole_bucket_can_be_a_root() -> None:
     refusal("s3://pics2/a.jpg", "s3://pics")
 
 
+# ---------------------------------------------------------------- other object stores
+
+
+def test_a_root_can_be_in_any_object_store() -> None:
+    assert places("gs://pics/cats/a%20b.jpg", "gs://pics/cats") == ["gs://pics/cats/a%20b.jpg"]
+    assert places("GS://pics/cats/x/../a.jpg", "gs://pics/cats") == ["gs://pics/cats/a.jpg"]
+    assert places("a.jpg", S3, "gs://pics", "abfs://container/b/") == [
+        "s3://bucket/prefix/shards/a.jpg",
+        "s3://bucket/prefix/a.jpg",
+        "gs://pics/a.jpg",
+        "abfs://container/b/a.jpg",
+    ]
+
+
+@pytest.mark.parametrize(
+    "ref",
+    [
+        "gs://pics2/cats/a.jpg",
+        "gs://pics/cats2/a.jpg",
+        "gs://pics/cats/../a.jpg",
+        "gs://pics/cats/",
+        "s3://pics/cats/a.jpg",
+        "abfs://pics/cats/a.jpg",
+        "gs://somebody@pics/cats/a.jpg",
+        "gs://me:hush@pics/cats/a.jpg",
+        "gs:pics/cats/a.jpg",
+        "//pics/cats/a.jpg",
+    ],
+)
+def test_what_is_not_below_a_root_in_an_object_store_is_refused(ref: str) -> None:
+    assert "hush" not in refusal(ref, "gs://pics/cats/").message
+
+
+def test_the_connection_of_a_root_is_not_for_references_to_choose() -> None:
+    root = "gs://mine@pics/cats/"
+    assert places("gs://pics/cats/a.jpg", root) == ["gs://mine@pics/cats/a.jpg"]
+    assert places("gs://mine@pics/cats/a.jpg", root) == ["gs://mine@pics/cats/a.jpg"]
+    refusal("gs://yours@pics/cats/a.jpg", root)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -364,7 +404,10 @@ def test_the_word_of_a_root_holds_for_its_host_port_and_path_only() -> None:
         "http://me:hush@host/",
         "http://host/a?b=c",
         "http:///path",
-        "ftp://host/",
+        "s3a://bucket/",
+        "gs://me:hush@bucket/",
+        "gs:///prefix/",
+        "s 3://bucket/",
         "",
         "s3://",
         "file://host/data",

@@ -18,6 +18,7 @@ from airflow_vlm_provider.shards.stores import (
     Store,
     check_name,
     is_hidden,
+    is_same_authority,
     split_uri,
 )
 
@@ -88,6 +89,10 @@ def test_hidden_names() -> None:
         ("s3://bucket/a/b", "s3://bucket/a/b/"),
         ("s3://bucket/a/b//", "s3://bucket/a/b/"),
         ("s3://bucket/a b%20?#", "s3://bucket/a b%20?#/"),
+        ("gs://bucket/a/b", "gs://bucket/a/b/"),
+        ("GS://bucket", "gs://bucket/"),
+        ("gs://connection@bucket/a/", "gs://connection@bucket/a/"),
+        ("memory:///a", "memory:///a/"),
         ("file:///data/images", "file:///data/images/"),
         ("file://localhost/data/images/", "file:///data/images/"),
         ("file:///", "file:///"),
@@ -108,8 +113,16 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("gs://bucket/a", r"scheme 'gs'; only s3://, file:// and local paths"),
-        ("s3a://bucket/a", "scheme 's3a'"),
+        ("s3a://bucket/a", "write s3:// instead"),
+        ("local:///data", "write file:/// instead"),
+        ("https://host/data", "media_roots"),
+        ("1gs://bucket/a", "scheme '1gs'"),
+        ("://bucket/a", "scheme ''"),
+        ("gs:///a", "no bucket; write gs://bucket/prefix"),
+        ("gs://connection@/a", "no bucket"),
+        ("memory://", "no bucket"),
+        ("s3://connection@bucket/a", "aws_conn_id"),
+        ("gs://me:hush@bucket/a", r"gs://\*\*\*@bucket/a holds a password"),
         ("s3:///a", "no bucket"),
         ("s3://", "no bucket"),
         ("file://host/a", "three slashes"),
@@ -119,8 +132,9 @@ def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_what_is_no_store_is_refused_with_a_remedy(uri: str, message: str) -> None:
     for function in (open_store, locate, split_uri):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as raised:
             function(uri)
+        assert "hush" not in str(raised.value)
 
 
 def test_locate_tells_one_shard_from_a_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +159,33 @@ def test_locate_tells_one_shard_from_a_root(tmp_path: Path, monkeypatch: pytest.
     assert located("a.jsonl") == (directory, "a.jsonl")
 
 
-def test_neither_boto3_nor_botocore_is_imported_for_a_dag_file() -> None:
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("bucket", "bucket", True),
+        ("bucket", "bucket2", False),
+        ("mine@bucket", "bucket", True),
+        ("mine@bucket", "mine@bucket", True),
+        ("mine@bucket", "yours@bucket", False),
+        ("mine@bucket", "mine@bucket2", False),
+    ],
+)
+def test_two_connections_are_two_places(one: str, other: str, same: bool) -> None:
+    assert is_same_authority(one, other) is same
+    assert is_same_authority(other, one) is same
+
+
+def test_a_scheme_without_a_file_system_is_refused_when_it_is_first_used() -> None:
+    store = open_store("nothing://bucket/a")
+    for use in (lambda: store.stat("x"), lambda: list(store.list()), lambda: locate("nothing://bucket/a/x")):
+        with pytest.raises(ConfigError, match="there is no file system for nothing://"):
+            use()
+
+
+def test_nothing_heavy_is_imported_for_a_dag_file() -> None:
     script = (
-        "import sys; from airflow_vlm_provider.shards import opening, local, s3;"
-        "opening.open_store('s3://bucket/a'); sys.exit('boto3' in sys.modules or 'botocore' in sys.modules)"
+        "import sys; from airflow_vlm_provider.shards import opening;"
+        "opening.open_store('s3://bucket/a'); opening.open_store('gs://bucket/a');"
+        "sys.exit(bool({'boto3', 'botocore', 'fsspec', 'pyarrow'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
