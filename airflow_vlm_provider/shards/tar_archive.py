@@ -133,6 +133,8 @@ def has_content(member: tarfile.TarInfo) -> bool:
 
 
 def _check(member: tarfile.TarInfo) -> None:
+    if member.size < 0:
+        raise ShardError(f"The tar archive is damaged: {member.name!r} has {member.size} bytes. {_REMEDY}")
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise ShardError(
             f"The tar archive's member {member.name!r} leads out of the folder that it would be unpacked in. Write "
