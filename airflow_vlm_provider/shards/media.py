@@ -207,6 +207,9 @@ class MediaLoader:
             for name, info in self._stores[root].stat_many(noted()):
                 waiting.popleft()
                 yield name, self._identity_of_no_object(root, name) if info is None else info.identity
+        except FileNotFoundError:
+            # The whole bucket is gone.
+            yield from ((name, None) for name in chain(waiting, names))
         except PermissionError as error:
             # Who may read objects may not always list them.
             log.warning("%s may not be listed, so its files are looked up one by one (%s)", root, error)

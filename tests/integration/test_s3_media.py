@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import hashlib
+import io
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSResponse, HeadersDict
 
 from airflow_vlm_provider.errors import SampleError, TransientError
+from airflow_vlm_provider.ledger.media_memory import MediaMemory, MediaRecorder
+from airflow_vlm_provider.shards.local import LocalStore
 from airflow_vlm_provider.shards.media import MediaLoader
 from airflow_vlm_provider.types import MediaRef
 from demo.s3_server import S3Server, start_s3
@@ -29,6 +38,13 @@ def s3() -> Iterator[S3Server]:
             client.put_object(Bucket="data", Key=key, Body=JPEG)
         client.put_object(Bucket="data2", Key="set/a.jpg", Body=JPEG)
         yield server
+
+
+class RawBody(io.BytesIO):
+    """As much of a raw HTTP response as botocore reads."""
+
+    def stream(self, **_: Any) -> Iterator[bytes]:
+        yield self.read()
 
 
 def loader(client: Any, **options: Any) -> MediaLoader:
@@ -122,3 +138,111 @@ def test_a_connection_that_breaks_within_a_picture_is_taken_up_again(s3: S3Serve
         media = loader(client).load(MediaRef("image", "a.jpg"), shard="shards/1.jsonl")
         assert media.data == JPEG
         assert len(proxy.faults) == 1
+
+
+@contextmanager
+def counted(client: Any) -> Iterator[Counter[str]]:
+    """Count the requests that a client sends, by operation."""
+    sent: Counter[str] = Counter()
+
+    def count(model: Any, **_: Any) -> None:
+        sent[model.name] += 1
+
+    client.meta.events.register("before-call.s3", count)
+    try:
+        yield sent
+    finally:
+        client.meta.events.unregister("before-call.s3", count)
+
+
+@pytest.fixture(scope="module")
+def many(s3: S3Server) -> list[str]:
+    """2,500 pictures in one folder: three pages of a listing."""
+    names = [f"{number:05}.jpg" for number in range(2500)]
+    client = s3.client()
+    client.create_bucket(Bucket="many")
+    with ThreadPoolExecutor(8) as threads:
+        put = threads.map(
+            lambda name: client.put_object(Bucket="many", Key=f"set/pics/{name}", Body=name.encode()), names
+        )
+        assert len(list(put)) == 2500
+    return names
+
+
+def remembered(s3: S3Server, loader: MediaLoader, refs: list[str], files: LocalStore) -> None:
+    """Fetch pictures and save the record of them."""
+    recorder = MediaRecorder(loader.memory_parameters())
+    with ThreadPoolExecutor(8) as threads:
+        for source in threads.map(
+            lambda ref: loader.fetch(MediaRef("image", ref), shard="pics/1.jsonl"), refs
+        ):
+            recorder.add(source.ref, source.looked, digest=source.digest)
+    assert recorder.count == len(refs)
+    recorder.save(files, "1.jsonl", "tag")
+    recorder.close()
+
+
+def test_a_replaced_picture_is_noticed_by_listing(s3: S3Server, many: list[str], tmp_path: Path) -> None:
+    files, client = LocalStore(root=str(tmp_path)), s3.client()
+    media = MediaLoader(source_uri="s3://many/set/", s3_client=lambda: client)
+    remembered(s3, media, many, files)
+
+    def read() -> MediaMemory:
+        return MediaMemory.read(files, "_vlm/1.jsonl/tag/media.jsonl.zst", media.memory_parameters())
+
+    with counted(client) as sent:
+        memory = read()
+        assert memory.verify(media.identities) == 0
+    assert dict(sent) == {"ListObjectsV2": 3}
+    recalled = memory.recall("01234.jpg")
+    assert recalled is not None
+    assert recalled.digest == hashlib.sha256(b"01234.jpg").hexdigest()
+
+    client.put_object(Bucket="many", Key="set/pics/01234.jpg", Body=b"12340.jpg")
+    client.delete_object(Bucket="many", Key="set/pics/02000.jpg")
+    with counted(client) as sent:
+        memory = read()
+        assert memory.verify(media.identities) == 2
+    assert dict(sent) == {"ListObjectsV2": 3}
+    assert [ref for ref in many if memory.recall(ref) is None] == ["01234.jpg", "02000.jpg"]
+
+
+def test_what_was_looked_at_in_s3_is_told_again(s3: S3Server) -> None:
+    client = s3.client()
+    client.put_object(Bucket="data2", Key="set/shards/only here.jpg", Body=JPEG)
+    media = loader(client, roots=["s3://data/set/", "s3://data2/set/", "s3://nobucket/"], max_bytes=len(JPEG))
+    client.put_object(Bucket="data", Key="set/shards/large.jpg", Body=JPEG + b"x")
+    for ref in ("a.jpg", "only here.jpg", "nowhere.jpg", "large.jpg", "s3://nobucket/a.jpg"):
+        try:
+            looked = media.fetch(MediaRef("image", ref), shard="shards/1.jsonl").looked
+        except SampleError as error:
+            looked = error.looked
+        assert looked
+        now = dict(media.identities(sorted(uri for uri, _ in looked)))
+        assert tuple((uri, now[uri]) for uri, _ in looked) == looked
+    assert [uri for uri, identity in looked if identity is None] == ["s3://nobucket/a.jpg"]
+
+
+def test_where_s3_denies_listing_files_are_looked_up_one_by_one(s3: S3Server) -> None:
+    client = s3.client()
+
+    def deny(**_: Any) -> Any:
+        body = ERROR.format(code="AccessDenied").encode()
+        return AWSResponse("http://s3/", 403, HeadersDict(), RawBody(body))
+
+    media = loader(client)
+    uris = ["s3://data/set/nowhere.jpg", "s3://data/set/shards/a.jpg"]
+    expected = list(media.identities(uris))
+    assert [identity is None for _, identity in expected] == [True, False]
+    client.meta.events.register("before-send.s3.ListObjectsV2", deny)
+    with counted(client) as sent:
+        assert list(media.identities(uris)) == expected
+    assert sent["HeadObject"] == 2
+
+
+def test_an_s3_that_is_down_is_not_taken_for_changed_pictures() -> None:
+    with raw_server(b"") as server:
+        url = server.url().rstrip("/")
+    client = S3Server(url).client(retries={"max_attempts": 1}, connect_timeout=1)
+    with pytest.raises(ConnectionError):
+        list(loader(client).identities(["s3://data/set/a.jpg"]))

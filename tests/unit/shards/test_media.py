@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -531,3 +532,27 @@ def test_what_is_remembered_holds_only_where_references_mean_the_same(data: Path
         loader(data, max_pixels=1000),
     ):
         assert other.memory_parameters() != plain
+
+
+def test_media_in_another_object_store() -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    memory = MemoryFileSystem()
+    folder = f"memory://{uuid.uuid4().hex}"
+    memory.pipe(f"{folder}/set/shards/b.jpg", JPEG)
+    memory.pipe(f"{folder}/more/c.jpg", JPEG)
+    roots = [f"{folder}/set", f"{folder}/more"]
+    shared = MediaLoader(source_uri=f"{folder}/set", roots=roots, filesystem=lambda uri: memory)
+    assert shared.remote
+    looks = {ref: looked_at(shared, ref) for ref in ("b.jpg", "c.jpg", "nowhere.jpg", f"{folder}/more/c.jpg")}
+    assert all(identities_now(shared, looked) == looked for looked in looks.values())
+    assert [len(looked) for looked in looks.values()] == [1, 4, 4, 1]
+    memory.pipe(f"{folder}/set/c.jpg", SECRET)
+    assert [identities_now(shared, looked) == looked for looked in looks.values()] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert shared.fetch(MediaRef("image", "c.jpg"), shard="shards/1.jsonl").data == SECRET
+    assert loader(Path("/nowhere")).remote is False
