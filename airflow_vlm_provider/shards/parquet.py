@@ -12,12 +12,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from airflow_vlm_provider.errors import ShardError
 from airflow_vlm_provider.shards.arrow_types import is_list, is_text
 from airflow_vlm_provider.shards.parquet_input import ParquetInput
-from airflow_vlm_provider.shards.parquet_layout import ColumnLayout, column_layouts
 from airflow_vlm_provider.shards.parquet_media import (
     EmbeddedMedia,
     first_bytes,
@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 
     from airflow_vlm_provider.shards.formats import RowKeys
 
-# Of each column, where a row group is too large to be held.
-READ_BYTES = 1024 * 1024
+# pyarrow's own buffer of each column; the input reads ahead.
+BUFFER_BYTES = 64 * 1024
 BATCH_BYTES = 4 * 1024 * 1024
 BATCH_ROWS = 1024
 # A dictionary page can make large values of few bytes, so that a row group's size says little about a batch's.
 MEDIA_BATCH_ROWS = 64
 # Where the first medium is looked for.
-PEEKED_ROWS = 1024
+PEEKED_ROWS = 16
+PEEKED_BATCHES = 64
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ class ParquetReader:
             # Read ahead, pyarrow would hold a row group of any size, and read in threads of its own, whose errors and
             # end nobody sees. Buffered, it holds a page of each column, which is the least that can be decoded.
             self._file = pq.ParquetFile(
-                source, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True
+                source, pre_buffer=False, buffer_size=BUFFER_BYTES, page_checksum_verification=True
             )
             self._schema: pa.Schema = self._file.schema_arrow
+            source.expect(self._file.metadata.num_columns)
         twice = [name for name, times in Counter(self._schema.names).items() if times > 1]
         if twice:
             raise ShardError(
@@ -86,8 +88,7 @@ class ParquetReader:
         self._media = [field.name for field in self._schema if may_hold_media(field.type)]
         self._json = {field.name for field in self._schema if field.name in objects and is_text(field.type)}
         with source.faults():
-            layouts = column_layouts(self._file.metadata, self._schema)
-            self._embeds_media = any(self._embeds(name, layouts.get(name)) for name in self._media)
+            self._embeds_media = any(self._embeds(name) for name in self._media)
 
     @property
     def embeds_media(self) -> bool:
@@ -113,8 +114,9 @@ class ParquetReader:
         with self._source.faults():
             about = self._file.metadata.row_group(group)
             rows = about.num_rows
-            self._source.hold(*_span(about))
-            row_bytes = max(1, about.total_byte_size // max(1, rows))
+            if not rows:
+                return
+            row_bytes = max(1, about.total_byte_size // rows)
             most = MEDIA_BATCH_ROWS if self._media else BATCH_ROWS
             batches = self._file.iter_batches(
                 batch_size=max(1, min(BATCH_BYTES // row_bytes, most)), row_groups=[group], use_threads=False
@@ -136,7 +138,7 @@ class ParquetReader:
         media = {name: columns.pop(name) for name in self._media}
         values = {name: self._values(name, column) for name, column in columns.items()}
         # Once in Arrow's memory, once as Python's objects.
-        share = 2 * sum(column.nbytes for column in columns.values()) // max(1, batch.num_rows)
+        share = 2 * sum(column.nbytes for column in columns.values()) // batch.num_rows
         embedded = EmbeddedMedia({})
         for i in range(batch.num_rows):
             row: Row = {}
@@ -164,34 +166,21 @@ class ParquetReader:
             values = [_value(scalar) for scalar in column]
         return [_parsed(value) for value in values] if name in self._json else values
 
-    def _embeds(self, name: str, layout: ColumnLayout | None) -> bool:
-        """Whether a column holds media, told by its type, or else by the beginning of the first value."""
+    def _embeds(self, name: str) -> bool:
+        """Whether a column holds media, told by the first value: structs of files do, bytes when they look like it."""
+        if not self._file.metadata.num_row_groups:
+            return False
         kind = self._schema.field(name).type
         while is_list(kind):
             kind = kind.value_type
-        if is_file_struct(kind):
-            # Where all bytes are missing there are only paths.
-            return layout is None or not layout.null_leaves[kind.get_field_index("bytes")]
-        if not self._file.metadata.num_row_groups:
-            return False
-        left = PEEKED_ROWS
-        for batch in self._file.iter_batches(batch_size=1, row_groups=[0], columns=[name], use_threads=False):
+        batches = self._file.iter_batches(
+            batch_size=PEEKED_ROWS, row_groups=[0], columns=[name], use_threads=False
+        )
+        for batch in islice(batches, PEEKED_BATCHES):
             data = first_bytes(batch.column(0))
-            left -= 1
-            if data is not None or not left:
-                return data is not None and looks_like_media(data)
+            if data is not None:
+                return is_file_struct(kind) or looks_like_media(data)
         return False
-
-
-def _span(about: pa.RowGroupMetaData) -> tuple[int, int]:
-    """Where a row group lies in the file, and how long it is."""
-    chunks = [about.column(i) for i in range(about.num_columns)]
-    starts = [
-        min(offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset)
-        for chunk in chunks
-    ]
-    ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
-    return (min(starts), max(ends) - min(starts)) if starts else (0, 0)
 
 
 def _value(scalar: pa.Scalar) -> Any:

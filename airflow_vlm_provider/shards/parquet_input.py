@@ -9,12 +9,17 @@ from typing import BinaryIO
 
 from airflow_vlm_provider.errors import ShardError
 
-# What is read at once when a whole row group is no larger, so that a remote one costs one request.
-HELD_BYTES = 8 * 1024 * 1024
+# What is kept of what was read ahead, all columns together.
+AHEAD_BYTES = 16 * 1024 * 1024
+# What is read at once for one column at most, so that a remote file costs few requests.
+READ_BYTES = 4 * 1024 * 1024
 
 
 class ParquetInput(io.RawIOBase):
     """A seekable stream for pyarrow. It is read in the caller's thread only, and left open.
+
+    Columns are read side by side, each forward, in pieces of their own size: as many places are read ahead. What
+    comes next after a small column is the next column, or the next row group.
 
     :param stream: The file's bytes.
     """
@@ -24,9 +29,14 @@ class ParquetInput(io.RawIOBase):
         self._stream = stream
         self._size = stream.seek(0, io.SEEK_END)
         self._position = 0
-        self._held = b""
-        self._held_at = 0
+        self._places = 1
+        # Start and bytes; the last one used is the last.
+        self._ahead: list[tuple[int, bytes]] = []
         self._failure: BaseException | None = None
+
+    def expect(self, places: int) -> None:
+        """Say at how many places the file will be read by turns."""
+        self._places = max(1, places)
 
     def readable(self) -> bool:
         return True
@@ -45,19 +55,11 @@ class ParquetInput(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         if size is None or size < 0:
             size = self._size - self._position
-        at = self._position - self._held_at
-        if at >= 0 and at + size <= len(self._held):
-            data = self._held[at : at + size]
-        else:
-            data = self._fetch(self._position, size)
+        data = self._take(self._position, size)
+        if len(data) < size:
+            data += self._read(self._position + len(data), size - len(data))
         self._position += len(data)
         return data
-
-    def hold(self, start: int, size: int) -> None:
-        """Keep a part of the file, if it is not too large, in place of the one that was kept before."""
-        self._held = b""
-        if start >= 0 and 0 < size <= HELD_BYTES:
-            self._held_at, self._held = start, self._fetch(start, size)
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
@@ -79,9 +81,29 @@ class ParquetInput(io.RawIOBase):
                 f"The shard is no Parquet file, or it is damaged or cut off ({reason}). Write it again, or take it out."
             ) from error
 
+    def _take(self, start: int, size: int) -> bytes:
+        """What was read ahead of so many bytes: all, the first of them, or none."""
+        for i, (at, data) in enumerate(self._ahead):
+            if at <= start < at + len(data):
+                self._ahead.append(self._ahead.pop(i))
+                return data[start - at : start - at + size]
+        return b""
+
+    def _read(self, start: int, size: int) -> bytes:
+        """Read so many bytes, fewer only where the file ends, and some ahead."""
+        piece = min(READ_BYTES, AHEAD_BYTES // self._places)
+        if size >= piece:
+            return self._fetch(start, size)
+        data = self._fetch(start, piece)
+        # The column whose read this is has left its last piece behind.
+        kept = [(at, each) for at, each in self._ahead if at + len(each) != start]
+        self._ahead = [*kept[max(0, len(kept) + 1 - self._places) :], (start, data)]
+        return data[:size]
+
     def _fetch(self, start: int, size: int) -> bytes:
         """Read so many bytes, fewer only where the file ends."""
         parts = []
+        size = min(size, self._size - start)
         try:
             self._stream.seek(start)
             while size > 0 and (part := self._stream.read(size)):

@@ -6,8 +6,8 @@ Parquet knows only leaves: a struct, a list or a map is the columns of what it h
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from airflow_vlm_provider.shards.arrow_types import is_list
@@ -31,59 +31,45 @@ _INT96 = "INT96"
 
 
 @dataclass(frozen=True)
-class ColumnLayout:
-    """A column's leaves, each with its codec, whether it has a dictionary, whether it is INT96, and whether all of its
-    values are known to be null."""
-
-    codecs: tuple[str, ...] = ()
-    dictionaries: tuple[bool, ...] = ()
-    int96_leaves: tuple[bool, ...] = ()
-    null_leaves: tuple[bool, ...] = ()
+class _Leaf:
+    codec: str
+    dictionary: bool
 
 
-def column_layouts(metadata: pa.FileMetaData, schema: pa.Schema) -> dict[str, ColumnLayout]:
-    """Return how the columns lie in a file's first row group; nothing where it has none."""
-    leaves = [leaf_count(field.type) for field in schema]
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    if not groups or sum(leaves) != metadata.num_columns:
-        return {}
-    layouts, start = {}, 0
-    for field, number in zip(schema, leaves, strict=True):
-        chunks = [groups[0].column(i) for i in range(start, start + number)]
-        layouts[field.name] = ColumnLayout(
-            codecs=tuple(_CODECS.get(chunk.compression, _DEFAULT_CODEC) for chunk in chunks),
-            dictionaries=tuple(bool(chunk.has_dictionary_page) for chunk in chunks),
-            int96_leaves=tuple(chunk.physical_type == _INT96 for chunk in chunks),
-            null_leaves=tuple(
-                all(_is_null(group.column(i)) for group in groups) for i in range(start, start + number)
-            ),
-        )
-        start += number
-    return layouts
+def writer_options(about: pa.FileMetaData, schema: pa.Schema, extended: pa.Schema) -> dict[str, Any]:
+    """
+    Return the options for a file in which columns lie as in the first row group of another; new ones as most others.
 
+    That row group has to have been read: of damaged metadata, pyarrow's reader raises an error, but asking for it
+    here ends the process.
 
-def writer_options(layouts: Mapping[str, ColumnLayout], schema: pa.Schema) -> dict[str, Any]:
-    """Return the options for a file of the schema whose columns lie as they did; new ones as most others do."""
-    if not layouts:
+    :param about: The other file's metadata.
+    :param schema: The other file's schema.
+    :param extended: The schema of the file to be written.
+    """
+    numbers = [leaf_count(field.type) for field in schema]
+    if not about.num_row_groups or sum(numbers) != about.num_columns:
         return {"compression": _DEFAULT_CODEC}
-    all_codecs = [codec for layout in layouts.values() for codec in layout.codecs]
-    codec = max(sorted(set(all_codecs)), key=all_codecs.count)
-    paths = iter(_leaf_paths(schema))
-    codecs: dict[str, str] = {}
-    dictionaries: list[str] = []
-    for field in schema:
-        layout = layouts.get(field.name, ColumnLayout())
-        for leaf in range(leaf_count(field.type)):
-            path = next(paths)
-            # Fields that were added to a struct stand at its end, but that may be amid the leaves.
-            known = leaf < len(layout.codecs)
-            codecs[path] = layout.codecs[leaf] if known else codec
-            if not known or layout.dictionaries[leaf]:
-                dictionaries.append(path)
+    chunks = [about.row_group(0).column(i) for i in range(about.num_columns)]
+    leaves = [
+        _Leaf(_CODECS.get(each.compression, _DEFAULT_CODEC), each.has_dictionary_page) for each in chunks
+    ]
+    all_codecs = [leaf.codec for leaf in leaves]
+    new = _Leaf(max(sorted(set(all_codecs)), key=all_codecs.count), True)
+    rest = iter(leaves)
+    of_columns = {
+        field.name: list(islice(rest, number)) for field, number in zip(schema, numbers, strict=True)
+    }
+    written: list[_Leaf] = []
+    for field in extended:
+        known = of_columns.get(field.name, [])
+        written += [*known, *[new] * (leaf_count(field.type) - len(known))]
+    paths = _leaf_paths(extended)
     return {
-        "compression": codecs,
-        "use_dictionary": dictionaries or False,
-        "use_deprecated_int96_timestamps": any(any(layout.int96_leaves) for layout in layouts.values()),
+        "compression": {path: leaf.codec for path, leaf in zip(paths, written, strict=True)},
+        "use_dictionary": [path for path, leaf in zip(paths, written, strict=True) if leaf.dictionary]
+        or False,
+        "use_deprecated_int96_timestamps": any(each.physical_type == _INT96 for each in chunks),
     }
 
 
@@ -108,11 +94,3 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
     pq.ParquetWriter(empty, schema).close()
     leaves = pq.ParquetFile(empty).schema
     return [leaves.column(i).path for i in range(len(leaves.names))]
-
-
-def _is_null(chunk: pa.ColumnChunkMetaData) -> bool:
-    """Whether a chunk says that it has no value."""
-    statistics = chunk.statistics
-    return bool(
-        statistics is not None and statistics.has_null_count and statistics.null_count == chunk.num_values
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 class ParquetOutput:
     """Writes a Parquet file; a context manager. The same row groups give the same bytes.
 
-    Pages carry checksums, so that whoever reads the file notices damage.
+    Pages carry checksums, so that whoever reads the file notices damage. The file is begun by its first row group.
 
     :param stream: Takes the file's bytes, which are complete when the context has ended; it is left open.
     :param metadata: Entries of the file's metadata besides the schema's.
-    :param options: Of :class:`pyarrow.parquet.ParquetWriter`.
+    :param options: Gives the options of :class:`pyarrow.parquet.ParquetWriter` when the file is begun.
     """
 
     def __init__(
@@ -27,8 +27,8 @@ class ParquetOutput:
         stream: BinaryIO,
         schema: pa.Schema,
         *,
+        options: Callable[[], Mapping[str, Any]],
         metadata: Mapping[bytes, bytes] | None = None,
-        **options: Any,
     ) -> None:
         self._sink = _Sink(stream)
         self._schema = schema
@@ -37,26 +37,35 @@ class ParquetOutput:
         self._writer: Any = None
 
     def __enter__(self) -> ParquetOutput:
-        import pyarrow.parquet as pq
-
-        self._writer = pq.ParquetWriter(self._sink, self._schema, write_page_checksum=True, **self._options)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if kind is None:
+            writer = self._begun()
+            if self._metadata:
+                writer.add_key_value_metadata(self._metadata)
+            writer.close()
+        elif self._writer is not None:
             self._sink.abandoned = True
-        elif self._metadata:
-            self._writer.add_key_value_metadata(self._metadata)
-        self._writer.close()
+            self._writer.close()
 
     def write(self, columns: Sequence[pa.ChunkedArray]) -> None:
         """Write a row group."""
         import pyarrow as pa
 
         table = pa.Table.from_arrays(list(columns), schema=self._schema).unify_dictionaries()
-        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._begun().write_table(table, row_group_size=max(1, table.num_rows))
+
+    def _begun(self) -> Any:
+        import pyarrow.parquet as pq
+
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                self._sink, self._schema, write_page_checksum=True, **self._options()
+            )
+        return self._writer
 
 
 class _Sink(io.RawIOBase):

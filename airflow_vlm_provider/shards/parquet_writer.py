@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from airflow_vlm_provider.shards.arrow_columns import ColumnBuilder
 from airflow_vlm_provider.shards.arrow_types import to_arrow
-from airflow_vlm_provider.shards.parquet_layout import column_layouts, writer_options
+from airflow_vlm_provider.shards.parquet_layout import writer_options
 from airflow_vlm_provider.shards.parquet_media import EmbeddedMedia, may_hold_media
 from airflow_vlm_provider.shards.parquet_output import ParquetOutput
 from airflow_vlm_provider.shards.parquet_schema import extended_schema, file_metadata
@@ -70,15 +70,14 @@ class ParquetShardWriter:
         self._columns = [ColumnBuilder(field, i if i < known else None) for i, field in enumerate(extended)]
         self._nulls = [pa.nulls(1, field.type) for field in self._fields[known:]]
         self._known = known
-        row_bytes = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)) // max(
-            1, about.num_rows
-        )
         self._output = ParquetOutput(
             stream,
             extended,
             metadata=file_metadata(about.metadata or {}, schema),
-            write_batch_size=max(1, min(PAGE_BYTES // max(1, row_bytes), PAGE_ROWS)),
-            **writer_options(column_layouts(about, schema), extended),
+            options=lambda: {
+                **writer_options(about, schema, extended),
+                "write_batch_size": max(1, min(PAGE_BYTES // _row_bytes(about), PAGE_ROWS)),
+            },
         )
         self._group = 0
         self._rows = 0
@@ -150,3 +149,10 @@ class ParquetShardWriter:
         if self._rows:
             self._output.write([column.finish() for column in self._columns])
         self._rows = self._bytes = 0
+
+
+def _row_bytes(about: pa.FileMetaData) -> int:
+    """How large a row is on the average."""
+    total: int = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    rows: int = about.num_rows
+    return max(1, total // max(1, rows))
