@@ -93,7 +93,7 @@ def answer_of(line: bytes) -> Answer:
             model=_checked(record["model"], str),
             usage=Usage(**{name: _checked(usage[name], int) for name in Usage.__dataclass_fields__}),
         )
-    except (KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _malformed(line) from error
 
 

@@ -157,28 +157,31 @@ class WriteBehind:
         return bool(self._buffer) and (enough or self._hurry)
 
     def _start(self) -> asyncio.Task[None]:
-        self._writing = asyncio.create_task(self._write_buffer())
-        return self._writing
-
-    async def _write_buffer(self) -> None:
+        """Begin to write what is buffered."""
         batch, size = self._buffer, self._buffer_bytes
         self._buffer, self._buffer_bytes = [], 0
         self._hurry = False
         self._stop_timer()
-        try:
-            await self._in_thread(lambda: self._write(batch))
-        except BaseException as error:
-            self._buffer[:0] = batch
-            self._buffer_bytes += size
-            if isinstance(error, asyncio.CancelledError):
-                raise
-            self._fail(error)
-        else:
+        self._writing = asyncio.create_task(self._write_lines(batch))
+        # Not the task's own doing, which it may be cancelled before it has begun.
+        self._writing.add_done_callback(lambda task: self._ended(task, batch, size))
+        return self._writing
+
+    async def _write_lines(self, lines: Sequence[bytes]) -> None:
+        await self._in_thread(lambda: self._write(lines))
+
+    def _ended(self, task: asyncio.Task[None], batch: list[bytes], size: int) -> None:
+        self._writing = None
+        error = None if task.cancelled() else task.exception()
+        if error is None and not task.cancelled():
             self._durable += len(batch)
             self._waiting_bytes -= size
-        finally:
-            self._writing = None
-        self._write_soon()
+            self._write_soon()
+            return
+        self._buffer[:0] = batch
+        self._buffer_bytes += size
+        if error is not None:
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
