@@ -95,9 +95,7 @@ class ParquetInput(io.RawIOBase):
         if size >= piece:
             return self._fetch(start, size)
         data = self._fetch(start, piece)
-        # The column whose read this is has left its last piece behind.
-        kept = [(at, each) for at, each in self._ahead if at + len(each) != start]
-        self._ahead = [*kept[max(0, len(kept) + 1 - self._places) :], (start, data)]
+        self._ahead = [*self._ahead[max(0, len(self._ahead) + 1 - self._places) :], (start, data)]
         return data[:size]
 
     def _fetch(self, start: int, size: int) -> bytes:
