@@ -115,8 +115,8 @@ class ExampleReader:
         return self._base + (f"{folder}/{image}" if folder else image)
 
     def _caption(self, value: Any) -> str:
-        if isinstance(value, list | tuple):
-            cleaned = [self._caption(each) for each in value if isinstance(each, str)]
+        if isinstance(value, list | tuple) and all(each is None or isinstance(each, str) for each in value):
+            cleaned = [self._caption(each) for each in value]
             return TAG_SEPARATOR.join(each for each in cleaned if each)
         if not isinstance(value, str):
             return ""
