@@ -335,6 +335,14 @@ def test_a_repeated_reference_is_taken_down_once_unless_it_means_something_else(
     assert recorder.count == 1002
 
 
+def test_only_so_many_recent_references_are_kept_in_mind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_memory, "RECENT", 10)
+    recorder = MediaRecorder(PARAMETERS)
+    for number in [*range(10), *range(10), *range(10, 30), 29, 0]:
+        recorder.add(*found(str(number)))
+    assert recorder.count == 31
+
+
 def test_memory_does_not_grow_with_the_shard(files: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media_memory, "RECENT", 1000)
     many, random = 15_000, Random(1)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from airflow_vlm_provider.errors import ConfigError, SampleError, TransientError
 from airflow_vlm_provider.shards import local
+from airflow_vlm_provider.shards.http_media import HttpFetcher
+from airflow_vlm_provider.shards.http_urls import HttpUrl
 from airflow_vlm_provider.shards.local import LocalStore
 from airflow_vlm_provider.shards.media import MediaLoader
 from airflow_vlm_provider.shards.stores import ObjectInfo
@@ -556,3 +558,19 @@ def test_media_in_another_object_store() -> None:
     ]
     assert shared.fetch(MediaRef("image", "c.jpg"), shard="shards/1.jsonl").data == SECRET
     assert loader(Path("/nowhere")).remote is False
+
+
+def test_over_http_identities_are_not_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(self: HttpFetcher, url: HttpUrl) -> bytes:
+        if url.path == "/there.jpg":
+            return JPEG
+        raise SampleError("media_missing", f"{url} answered 404 Not Found.")
+
+    monkeypatch.setattr(HttpFetcher, "fetch", fetch)
+    shared = loader(Path("/nowhere"), roots=["/nowhere", "https://h/"])
+    for ref, name in (("https://h/there.jpg", "there.jpg"), ("https://h/lost.jpg", "lost.jpg")):
+        assert looked_at(shared, ref) == ((f"https://h/{name}", ""),)
+    looked = looked_at(shared, "there.jpg")
+    assert looked[-1] == ("https://h/there.jpg", "")
+    assert {identity for _, identity in looked[:-1]} == {None}
+    assert identities_now(shared, looked) == looked
