@@ -158,15 +158,23 @@ class ShardRunner:
         except FileNotFoundError:
             return False
 
+    def replaced_media(self, shard: str, record: str) -> int:
+        """How many of a shard's references may mean something else now than when it was committed. Blocks.
+
+        :param shard: The shard's name.
+        :param record: Name of the record of its media, below its ledger folder.
+        """
+        name = f"{ledger_folder(shard, self.step.name)}/{record}"
+        memory = MediaMemory.read(self.destination, name, self.media.parameters())
+        try:
+            return memory.verify(self.media.identities)
+        finally:
+            memory.close()
+
     def _media_unchanged(self, manifest: Manifest, shard: ObjectInfo) -> bool:
         if self.trust_media or manifest.media is None:
             return True
-        name = f"{ledger_folder(shard.name, self.step.name)}/{manifest.media}"
-        memory = MediaMemory.read(self.destination, name, self.media.answering_parameters())
-        try:
-            changed = memory.verify(self.media.identities)
-        finally:
-            memory.close()
+        changed = self.replaced_media(shard.name, manifest.media)
         if changed:
             log.info("%s: %d of the media that it refers to were replaced", shard.name, changed)
         return not changed
