@@ -1,0 +1,1 @@
+"""``airflow vlm``: what people ask and do at a prompt."""

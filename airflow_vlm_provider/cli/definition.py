@@ -1,0 +1,80 @@
+"""What ``airflow vlm`` understands. Every ``airflow`` command imports this, so it imports next to nothing."""
+
+# Airflow's Arg has no types.
+# mypy: disallow-untyped-calls=False
+
+from __future__ import annotations
+
+from airflow.cli.cli_config import ActionCommand, Arg, GroupCommand, lazy_load_command
+
+_AWS_CONN_ID = Arg(
+    ("--aws-conn-id",),
+    help=(
+        "Connection for S3. By default aws_default where there is one, and else boto3's own search for credentials; "
+        "so is an empty one"
+    ),
+    metavar="CONN_ID",
+)
+_STORAGE_CONN_ID = Arg(
+    ("--storage-conn-id",),
+    help="Connection for other object stores (gs://, abfs://, ...). By default the one in the URI, or the scheme's own",
+    metavar="CONN_ID",
+)
+_OUTPUT = Arg(
+    ("-o", "--output"),
+    help="How to print it: for people or for machines (default: text)",
+    choices=("text", "json"),
+    default="text",
+)
+_VERBOSE = Arg(("-v", "--verbose"), help="Print details, and what is logged on the way", action="store_true")
+
+
+def get_vlm_cli_commands() -> list[GroupCommand]:
+    """The commands that this provider adds to ``airflow``."""
+    show = ActionCommand(
+        name="show",
+        help="Show what became of a shard, or of all shards of a destination",
+        func=lazy_load_command("airflow_vlm_provider.cli.ledger.show"),
+        args=(
+            Arg(
+                ("uri",),
+                help="A destination (s3://bucket/out), or a shard in it (s3://bucket/out/part-0.jsonl)",
+            ),
+            _AWS_CONN_ID,
+            _STORAGE_CONN_ID,
+            _OUTPUT,
+            _VERBOSE,
+        ),
+    )
+    prune = ActionCommand(
+        name="prune",
+        help="Remove old journal segments that no manifest refers to, and old plans",
+        description=(
+            "Remove journal segments that no manifest refers to (of attempts that were killed and never done again), "
+            "and plans, that are older than so many days. Answers that a manifest refers to are never removed."
+        ),
+        func=lazy_load_command("airflow_vlm_provider.cli.ledger.prune"),
+        args=(
+            Arg(("destination",), help="Where outputs and the ledger are: s3://bucket/out"),
+            Arg(
+                ("--older-than",),
+                help="Days, at least 1: more than any run takes from its first answer to its last retry",
+                type=float,
+                required=True,
+                metavar="DAYS",
+            ),
+            Arg(("--dry-run",), help="Only print what would be removed", action="store_true"),
+            _AWS_CONN_ID,
+            _STORAGE_CONN_ID,
+            _OUTPUT,
+            _VERBOSE,
+        ),
+    )
+    ledger = GroupCommand(
+        name="ledger", help="What is done, and the answers that were paid for", subcommands=(show, prune)
+    )
+    return [
+        GroupCommand(
+            name="vlm", help="Tag and caption datasets with vision-language models", subcommands=(ledger,)
+        )
+    ]
