@@ -10,7 +10,8 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_vlm_provider.errors import ShardError
 from airflow_vlm_provider.operators.export import ExportDatasetOperator
 from airflow_vlm_provider.operators.parameters import ParameterError
-from tests.support.tars import tar
+from airflow_vlm_provider.shards.sidecar import SidecarWriter
+from tests.support.tars import read, tar
 
 
 def write_rows(path, *rows: Any) -> None:
@@ -210,3 +211,18 @@ def test_templates_are_judged_once_they_are_rendered(tmp_path):
 def test_what_is_not_there_fails_at_once(tmp_path):
     with pytest.raises(AirflowFailException, match="holds no shards"):
         export(tmp_path)
+
+
+def test_a_sidecar_has_keys_in_the_references_place(tmp_path):
+    meta = {"type": "object", "properties": {"tags": {"type": "array", "items": {"type": "string"}}}}
+    (tmp_path / "data").mkdir()
+    with (
+        (tmp_path / "data" / "a.parquet").open("wb") as stream,
+        SidecarWriter(stream, generated={"m": meta}, shard="a.tar") as writer,
+    ):
+        for sample in read(tar(("d/1.jpg", b"1"), ("d/2.jpg", b"2"))):
+            writer.write(sample, [{**sample.row, "m": {"tags": ["red", sample.key]}}])
+    _, path = export(tmp_path, text_field="m.tags", image_key="key")
+    assert pairs(path) == [("d/1", "red, d/1"), ("d/2", "red, d/2")]
+    with pytest.raises(AirflowFailException, match="'rows_without_image': 2"):
+        export(tmp_path, text_field="m.tags")
