@@ -130,7 +130,7 @@ class ParquetReader:
             yield batch
         if rows:
             raise ShardError(
-                f"The shard's row group {group} lacks {rows} rows. Write the file again, or take it out."
+                f"The shard's row group {group} lacks {rows} rows. Write it again, or take it out."
             )
 
     def _samples(self, batch: pa.RecordBatch, group: int, first: int) -> Iterator[Sample]:

@@ -94,8 +94,12 @@ class ParquetInput(io.RawIOBase):
         piece = min(READ_BYTES, AHEAD_BYTES // self._places)
         if size >= piece:
             return self._fetch(start, size)
-        data = self._fetch(start, piece)
-        self._ahead = [*self._ahead[max(0, len(self._ahead) + 1 - self._places) :], (start, data)]
+        # Up to what is there already.
+        end = min((at for at, _ in self._ahead if at >= start + size), default=start + piece)
+        data = self._fetch(start, min(piece, end - start))
+        self._ahead.append((start, data))
+        while sum(len(each) for _, each in self._ahead) > piece * self._places:
+            del self._ahead[0]
         return data[:size]
 
     def _fetch(self, start: int, size: int) -> bytes:
