@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import itertools
 import os
@@ -11,12 +12,12 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 
-from airflow_vlm_provider.shards.formats import shard_format
+from airflow_vlm_provider.shards.formats import RowKeys, shard_format
 from airflow_vlm_provider.shards.opening import locate, open_store
 from airflow_vlm_provider.shards.s3 import SPOOL_BYTES, S3Store
 from airflow_vlm_provider.shards.s3_reader import ATTEMPTS
@@ -63,6 +64,12 @@ def put(server: S3Server, bucket: str, key: str, data: bytes = b"data") -> None:
     server.client().put_object(Bucket=bucket, Key=key, Body=data)
 
 
+def put_all(server: S3Server, bucket: str, keys: Iterable[str]) -> None:
+    client = server.client()
+    for key in keys:
+        client.put_object(Bucket=bucket, Key=key, Body=b"data")
+
+
 def keys(server: S3Server, bucket: str) -> list[str]:
     return [entry["Key"] for entry in server.client().list_objects_v2(Bucket=bucket).get("Contents", ())]
 
@@ -90,6 +97,92 @@ def test_list_goes_through_all_pages_in_order_and_leaves_out_what_is_no_data(
     found = list(store.list())
     assert [info.name for info in found] == expected
     assert [info.size for info in found] == [len(name.encode()) for name in expected]
+
+
+class Counted:
+    """A client that counts its requests, by operation."""
+
+    def __init__(self, server: S3Server) -> None:
+        self.client = server.client()
+        self.requests: collections.Counter[str] = collections.Counter()
+        self.client.meta.events.register(
+            "before-send.s3.*", lambda event_name, **_: self.requests.update([event_name.rpartition(".")[2]])
+        )
+
+
+def test_hidden_folders_are_passed_over(server: S3Server, bucket: str) -> None:
+    hidden_and_not = [
+        *(f"_vlm/a.jsonl/step/journal/{number:03}" for number in range(6 * PAGE_SIZE)),
+        *(f"b/.git/{number:03}" for number in range(4 * PAGE_SIZE)),
+        *(f"b/{number}" for number in range(3)),
+        "_vlm0",
+        "_vlm\U0010ffff/x",
+        "_w/\U0010ffff",
+        "a",
+        "c",
+    ]
+    put_all(server, bucket, hidden_and_not)
+    counted = Counted(server)
+    store = S3Store(bucket=bucket, client_factory=lambda: counted.client)
+    assert [info.name for info in store.list()] == ["a", "b/0", "b/1", "b/2", "c"]
+    # Of each of the two, a page is seen; without passing over it would be eleven pages and more.
+    assert counted.requests["ListObjectsV2"] <= 5
+    listed = [info.name for info in store.list("_vlm")]
+    assert len(listed) == 6 * PAGE_SIZE
+
+
+def test_many_are_looked_up_by_few_listings(server: S3Server, bucket: str) -> None:
+    there = [f"root/{number:03}.jpg" for number in range(10 * PAGE_SIZE)]
+    put_all(server, bucket, [*there, "root/é", "other/a", "root2/a"])
+
+    def looked_up(wanted: list[str]) -> tuple[list[str], collections.Counter[str]]:
+        counted = Counted(server)
+        store = S3Store(bucket=bucket, prefix="root", client_factory=lambda: counted.client)
+        found = list(store.stat_many(wanted))
+        assert [name for name, _ in found] == wanted
+        return [name for name, info in found if info is not None], counted.requests
+
+    every = [f"{number:03}.jpg" for number in range(10 * PAGE_SIZE)]
+    assert looked_up(every) == (every, {"ListObjectsV2": 10})
+    # In far-off places, one listing finds one name: what lies between is not gone through.
+    few = [every[0], every[30], every[-1]]
+    assert looked_up(few) == (few, {"ListObjectsV2": 3})
+    # Neighbours share a page.
+    assert looked_up(every[30 : 30 + PAGE_SIZE]) == (every[30 : 30 + PAGE_SIZE], {"ListObjectsV2": 1})
+    # When the end has been seen, nothing more is asked for.
+    found, requests = looked_up([every[-1], *(f"zz{number:03}" for number in range(50)), "é"])
+    assert (found, requests["ListObjectsV2"]) == ([every[-1], "é"], 1)
+    # What begins like the name before it fills no page: of "p1..." nothing is seen on the way to "p2".
+    put_all(server, bucket, [*(f"root/p1{number:02}" for number in range(2 * PAGE_SIZE)), "root/p2"])
+    assert looked_up(["p2"]) == (["p2"], {"ListObjectsV2": 1})
+
+
+def test_odd_names_are_looked_up_too(server: S3Server, bucket: str, store: S3Store) -> None:
+    there = sorted(["\x01", "!", "\ue000", "\U00010000", "x" * 1019])
+    put_all(server, bucket, [f"root/{name}" for name in there])
+    wanted = sorted([*there, "\x02", "x" * 1018, "x" * 1020, "\ud7ff", "\ue001"])
+    found = [name for name, info in store.stat_many(wanted) if info is not None]
+    assert found == there
+
+
+def test_a_listing_without_order_is_refused(
+    server: S3Server, bucket: str, store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_all(server, bucket, [f"root/{name}" for name in "abc"])
+    client = server.client()
+    list_in_order = client.list_objects_v2
+
+    def list_backwards(**kwargs: Any) -> Any:
+        page = list_in_order(**kwargs)
+        page["Contents"] = page.get("Contents", [])[::-1]
+        return page
+
+    monkeypatch.setattr(client, "list_objects_v2", list_backwards)
+    store = S3Store(bucket=bucket, prefix="root", client_factory=lambda: client)
+    with pytest.raises(StoreError, match="listed in no order"):
+        list(store.stat_many(["b"]))
+    with pytest.raises(StoreError, match="listed in no order"):
+        list(store.list())
 
 
 def test_identity_is_the_same_for_list_and_stat_and_changes_with_the_content(
@@ -191,8 +284,8 @@ def test_a_small_object_and_a_shard_survive_a_break_as_well(server: S3Server, bu
     put(server, bucket, "a.jsonl", rows)
     with faulty_proxy(server.endpoint_url, [Fault("reset", 1_500_000), None, Fault("close", 900)]) as proxy:
         store = S3Store(bucket=bucket, client_factory=through(server, proxy))
-        with store.open("a.jsonl") as stream:
-            read = [sample.row for sample in shard_format("a.jsonl").read(stream)]
+        with store.open("a.jsonl") as stream, shard_format("a.jsonl").open(stream, keys=RowKeys()) as shard:
+            read = [sample.row for sample in shard]
         assert store.read("a.jsonl", max_bytes=len(rows)) == rows
         assert len(proxy.faults) == 2
     assert [row["i"] for row in read if row] == list(range(20_000))

@@ -6,14 +6,16 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from airflow_vlm_provider.shards.local import LocalStore
+from airflow_vlm_provider.shards.local import ABANDONED_S, LocalStore
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
     NotARegularFileError,
+    ObjectChangedError,
     ObjectTooLargeError,
     OutsideRootError,
 )
@@ -169,6 +171,79 @@ def test_a_link_as_the_root_is_the_authors_choice(root: Path, tmp_path: Path) ->
     assert names(linked) == ["a"]
 
 
+def test_many_are_looked_up_through_links_as_one_is(root: Path, store: LocalStore, tmp_path: Path) -> None:
+    put(tmp_path, "secret")
+    put(root, "data/a")
+    (root / "file").symlink_to("data/a")
+    (root / "folder").symlink_to("data")
+    (root / "data/out").symlink_to(tmp_path / "secret")
+    (root / "out").symlink_to(tmp_path)
+    (root / "nothing").symlink_to("none")
+    (root / "loop").symlink_to("loop")
+    os.mkfifo(root / "fifo")
+    there = ["data/a", "file", "folder/a"]
+    absent = ["data", "data/out", "fifo", "folder", "folder/out", "loop", "loop/x", "nothing", "out/secret"]
+    found = dict(store.stat_many(sorted([*there, *absent])))
+    assert {name: info for name, info in found.items() if info} == {name: store.stat(name) for name in there}
+
+
+def test_of_many_in_one_folder_the_folder_is_resolved_once(
+    root: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = [f"a/{number:04}" for number in range(1000)]
+    for name in every:
+        put(root, name, b"")
+    resolved: list[str] = []
+    realpath = os.path.realpath
+    monkeypatch.setattr(os.path, "realpath", lambda path: (resolved.append(str(path)), realpath(path))[1])
+    assert all(info for _, info in store.stat_many(every))
+    assert len(resolved) < 10
+
+
+def test_a_folder_that_is_a_link_is_listed_within_the_root_only(
+    root: Path, store: LocalStore, tmp_path: Path
+) -> None:
+    put(root, "data/a")
+    put(tmp_path, "other/b")
+    (root / "in").symlink_to("data")
+    (root / "out").symlink_to(tmp_path / "other")
+    assert [info.name for info in store.list("in")] == ["in/a"]
+    with pytest.raises(OutsideRootError):
+        list(store.list("out"))
+
+
+def test_delete_removes_a_link_and_not_what_it_leads_to(
+    root: Path, store: LocalStore, tmp_path: Path
+) -> None:
+    other = put(tmp_path, "other", b"other")
+    (root / "link").symlink_to(other)
+    (root / "folder").symlink_to(tmp_path)
+    os.mkfifo(root / "fifo")
+    store.delete("link")
+    store.delete("fifo")
+    with pytest.raises(OutsideRootError):
+        store.delete("folder/other")
+    assert other.read_bytes() == b"other"
+    assert sorted(path.name for path in root.iterdir()) == ["fifo", "folder"]
+
+
+def test_a_file_written_to_while_it_is_fetched_is_told(
+    root: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(root, "a", b"12345")
+    fstat = os.fstat
+
+    def fstat_and_write(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        path.write_bytes(b"54321")
+        os.utime(path, ns=(0, status.st_mtime_ns + 1))
+        return status
+
+    monkeypatch.setattr(os, "fstat", fstat_and_write)
+    with pytest.raises(ObjectChangedError, match="written to while it was being read"):
+        store.fetch("a", max_bytes=5)
+
+
 def test_links_to_nothing_and_loops(root: Path, store: LocalStore) -> None:
     (root / "nothing").symlink_to("none")
     (root / "loop").symlink_to("loop")
@@ -277,6 +352,37 @@ def test_a_killed_writer_leaves_nothing_visible(root: Path, store: LocalStore) -
     with store.create("a.jsonl") as stream:
         stream.write(b"whole")
     assert store.read("a.jsonl", max_bytes=5) == b"whole"
+
+
+def test_what_killed_writers_left_is_removed_when_it_is_a_day_old(root: Path, store: LocalStore) -> None:
+    old, young = f".{'0' * 32}.tmp", f".{'1' * 32}.tmp"
+    others = [".keep.tmp", f"{'2' * 32}.tmp", f".{'3' * 32}.tmp.txt"]
+    for name in [old, young, *others]:
+        put(root, f"sub/{name}")
+    put(root, f"elsewhere/{old}")
+    for name in [f"sub/{old}", f"elsewhere/{old}", *(f"sub/{other}" for other in others)]:
+        os.utime(root / name, (time.time() - ABANDONED_S - 60,) * 2)
+    os.utime(root / "sub" / young, (time.time() - ABANDONED_S + 600,) * 2)
+    with store.create("sub/a") as stream:
+        stream.write(b"x")
+    assert everything(root) == sorted(
+        [f"elsewhere/{old}", "sub/a", *(f"sub/{name}" for name in [young, *others])]
+    )
+
+
+def test_what_can_not_be_cleared_away_keeps_no_one_from_writing(
+    root: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = put(root, f".{'0' * 32}.tmp")
+    os.utime(left, (0, 0))
+
+    def deny(path: object) -> None:
+        raise PermissionError(f"{path} is somebody else's")
+
+    monkeypatch.setattr(os, "unlink", deny)
+    with store.create("a") as stream:
+        stream.write(b"x")
+    assert store.read("a", max_bytes=1) == b"x"
 
 
 def test_writers_at_once_do_not_mix(root: Path, store: LocalStore) -> None:
