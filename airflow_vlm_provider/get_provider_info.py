@@ -92,11 +92,35 @@ _CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
         "example": "gpu",
         "default": "",
     },
+    "journal_flush_answers": {
+        "description": (
+            "How many answers of a shard may wait at most until they are in the journal: what is asked again when "
+            "a task is killed. Fewer cost more and smaller files."
+        ),
+        "version_added": "0.1.0",
+        "type": "integer",
+        "example": None,
+        "default": "512",
+    },
+    "journal_flush_bytes": {
+        "description": "How many bytes of answers of a shard may wait at most until they are in the journal.",
+        "version_added": "0.1.0",
+        "type": "integer",
+        "example": None,
+        "default": "4194304",
+    },
+    "journal_flush_seconds": {
+        "description": "After how many seconds an answer is written to the journal, though others are few.",
+        "version_added": "0.1.0",
+        "type": "float",
+        "example": None,
+        "default": "5",
+    },
 }
 
 
 def get_provider_info() -> dict[str, Any]:
-    """Describe the provider to Airflow: the connection type with its form, hooks and operators."""
+    """Describe the provider to Airflow: the connection type with its form, hooks, operators, commands, settings."""
     return {
         "package-name": "airflow-provider-vlm",
         "name": "Vision-language models",
@@ -116,6 +140,8 @@ def get_provider_info() -> dict[str, Any]:
                 "python-modules": [
                     "airflow_vlm_provider.operators.shards",
                     "airflow_vlm_provider.operators.image_tagging",
+                    "airflow_vlm_provider.operators.redrive",
+                    "airflow_vlm_provider.operators.export",
                 ],
             }
         ],
@@ -140,5 +166,6 @@ def get_provider_info() -> dict[str, Any]:
                 "conn-fields": _CONN_FIELDS,
             }
         ],
+        "cli": ["airflow_vlm_provider.cli.definition.get_vlm_cli_commands"],
         "config": {"vlm": {"description": "Vision-language models.", "options": _CONFIG_OPTIONS}},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from airflow.sdk.providers_manager_runtime import ProvidersManagerTaskRuntime
 from airflow_vlm_provider.get_provider_info import get_provider_info
 from airflow_vlm_provider.hooks.settings import DEFAULT_TIMEOUT, ENGINES, FIELDS, parse_settings
 from airflow_vlm_provider.hooks.vlm import VLMHook
+from airflow_vlm_provider.ledger.journal import FlushPolicy
+from airflow_vlm_provider.operators.runners import flush_policy
 
 PACKAGE = "airflow-provider-vlm"
 
@@ -86,3 +89,29 @@ def test_the_key_is_called_by_its_name_and_the_login_is_hidden(connection_type):
 
     assert behaviour["relabeling"]["password"] == "API key"
     assert "login" in behaviour["hidden-fields"]
+
+
+def test_airflow_finds_the_commands():
+    commands = {
+        command.name: command for each in ProvidersManager().cli_command_functions for command in each()
+    }
+
+    (ledger,) = commands["vlm"].subcommands
+    assert {each.name for each in ledger.subcommands} == {"show", "prune"}
+    for each in ledger.subcommands:
+        module = importlib.import_module("airflow_vlm_provider.cli.ledger")
+        assert callable(getattr(module, each.func.__name__)), each.name
+
+
+def test_the_journals_settings_have_the_defaults_of_the_journal():
+    options = get_provider_info()["config"]["vlm"]["options"]
+    defaults = {name: options[f"journal_flush_{name}"]["default"] for name in asdict(FlushPolicy())}
+
+    assert {name: float(value) for name, value in defaults.items()} == asdict(FlushPolicy())
+    assert flush_policy() == FlushPolicy()
+
+
+def test_every_operator_can_be_imported_by_its_modules_name():
+    (group,) = get_provider_info()["operators"]
+    for module in group["python-modules"]:
+        importlib.import_module(module)
