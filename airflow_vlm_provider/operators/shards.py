@@ -1,37 +1,57 @@
-"""The operator that plans: which shards there are, dealt out to tasks."""
+"""The operator that plans: which shards there are and what is left to do of them, dealt out to tasks."""
 
 from __future__ import annotations
 
 import fnmatch
 import heapq
+import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator, conf
 from airflow.sdk.exceptions import AirflowFailException
 
-from airflow_vlm_provider.errors import ConfigError
-from airflow_vlm_provider.operators.storage import find_shards, s3_client_factory
+from airflow_vlm_provider.errors import ConfigError, VLMError
+from airflow_vlm_provider.ledger.plans import PlanReference, label, save_plan
+from airflow_vlm_provider.operators.dependants import UntoldError, shard_dependants
+from airflow_vlm_provider.operators.runners import make_runner, storage_of
+from airflow_vlm_provider.operators.storage import Storage, find_shards
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
-    from airflow_vlm_provider.shards.stores import ObjectInfo
+    from airflow_vlm_provider.operators.base import ShardOperator
+    from airflow_vlm_provider.runner import ShardRunner
+    from airflow_vlm_provider.shards.stores import ObjectInfo, Store
 
 # What opening, committing and scheduling a shard costs, in bytes of rows that could be done meanwhile: without it
 # a thousand empty shards would be dealt to one task as if they were nothing.
 SHARD_OVERHEAD_BYTES = 64 * 1024
+# Up to here, a plan is what it returns; XCom lies in Airflow's database, and each mapped task reads all of it.
+MAX_LISTED_SHARDS = 1000
+MAX_LISTED_BYTES = 48 * 1024
 
 
 class PlanShardsOperator(BaseOperator):
     """
-    List the shards of a dataset and deal them out to tasks, evenly by size.
+    List the shards of a dataset and deal out to tasks, evenly by size, what is left to do of them.
 
-    Returns a list of lists of shard names to map over, so that any number of shards fits Airflow's limit on
-    mapped tasks::
+    Returns groups of shards to map over, so that any number of shards fits Airflow's limit on mapped tasks::
 
         plan = PlanShardsOperator(task_id="plan", source="s3://bucket/raw/")
         ImageTaggingVLMOperator.partial(task_id="tag", source="s3://bucket/raw/", ...).expand(shards=plan.output)
+
+    Each group is a list of shard names. A plan of more than 1,000 shards, or 48 KiB of names, is kept in the
+    destination of the operator that maps over it, below ``_vlm/_plans/``, and each group is a string that tells
+    where: ``s3://bucket/tagged/_vlm/_plans/<hash>.jsonl.zst#12 part-00012.jsonl and 99 more``. Shard operators take
+    the one and the other.
+
+    Shards that are done already for every operator that maps over the plan are left out of it. So a run with nothing
+    left to do returns no groups, and Airflow skips what maps over them, and what comes after by default: give that
+    ``trigger_rule="none_failed"`` if it is to run all the same. To know what is done, the plan looks at these
+    operators in its own DAG, their templates rendered for its own run, and at their ledgers. Where that can't be
+    told (the operators take more than the groups from other tasks, a connection is missing, ...) the log says why,
+    and nothing is left out; the tasks then find out for themselves.
 
     :param source: Where the shards are: ``s3://bucket/prefix``, ``file:///path`` or a local path (templated).
         Objects with a part of their name beginning with ``_`` or ``.`` are no data and left out.
@@ -39,10 +59,13 @@ class PlanShardsOperator(BaseOperator):
         ``/`` too); None takes all of a supported format (templated).
     :param max_tasks: Most groups to make; at most Airflow's ``[core] max_map_length``, which is 1024 unless
         configured (templated).
-    :param aws_conn_id: Connection for S3; None uses boto3's own search for credentials.
+    :param aws_conn_id: Connection for S3; None uses boto3's own search for credentials (templated).
+    :param storage_conn_id: Connection for other object stores than S3 (``gs://``, ``abfs://``, ...); None takes the
+        one in the URI, or the default one of the scheme (templated).
+    :param skip_done: Leave out what is done already; False plans all shards.
     """
 
-    template_fields: Sequence[str] = ("source", "pattern", "max_tasks", "aws_conn_id")
+    template_fields: Sequence[str] = ("source", "pattern", "max_tasks", "aws_conn_id", "storage_conn_id")
 
     def __init__(
         self,
@@ -51,6 +74,8 @@ class PlanShardsOperator(BaseOperator):
         pattern: str | None = None,
         max_tasks: int | str = 1000,
         aws_conn_id: str | None = "aws_default",
+        storage_conn_id: str | None = None,
+        skip_done: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -58,11 +83,13 @@ class PlanShardsOperator(BaseOperator):
         self.pattern = pattern
         self.max_tasks = max_tasks
         self.aws_conn_id = aws_conn_id
+        self.storage_conn_id = storage_conn_id
+        self.skip_done = skip_done
         if not (isinstance(max_tasks, str) and "{{" in max_tasks):
             _whole(max_tasks)
 
-    def execute(self, context: Context) -> list[list[str]]:  # noqa: ARG002
-        """List and deal out.
+    def execute(self, context: Context) -> list[list[str]] | list[str]:
+        """List, leave out, and deal out.
 
         :raises AirflowFailException: there are no shards, or more groups were asked for than can be mapped.
         """
@@ -73,19 +100,108 @@ class PlanShardsOperator(BaseOperator):
                     f"max_tasks={max_tasks} is more than Airflow maps over at most ({limit}). Lower max_tasks, or "
                     "raise [core] max_map_length."
                 )
-            store, found = find_shards(self.source, s3_client=s3_client_factory(self.aws_conn_id))
+            store, shards = self._find()
+            operators, untold = self._dependants(context)
+            done = self._done(operators, untold, store, shards)
+            groups = deal((shard for shard in shards if shard.name not in done), max_tasks)
+            self.log.info(
+                "%d shards below %s, %d of them done already, the rest in %d groups",
+                len(shards),
+                store.uri,
+                len(done),
+                len(groups),
+            )
+            return self._returned(groups, operators)
         except (ConfigError, PermissionError) as error:
             raise AirflowFailException(str(error)) from error
+
+    def _find(self) -> tuple[Store, list[ObjectInfo]]:
+        storage = Storage(aws_conn_id=self.aws_conn_id, storage_conn_id=self.storage_conn_id)
+        store, found = find_shards(self.source, storage=storage)
         pattern = self.pattern
         chosen = [shard for shard in found if pattern is None or fnmatch.fnmatchcase(shard.name, pattern)]
         if not chosen:
-            raise AirflowFailException(
+            raise ConfigError(
                 f"None of the {len(found)} shards below {self.source!r} match pattern={pattern!r}. Names are relative "
                 "to the source; correct pattern, or leave it out to take all of them."
             )
-        groups = deal(chosen, max_tasks)
-        self.log.info("%d shards below %s in %d groups", len(chosen), store.uri, len(groups))
-        return groups
+        return store, chosen
+
+    def _dependants(self, context: Context) -> tuple[list[ShardOperator], str | None]:
+        """The shard operators that map over this plan, and why there may be others."""
+        operators: list[ShardOperator] = []
+        try:
+            for operator in shard_dependants(self, context):
+                operators.append(operator)
+        except UntoldError as error:
+            return operators, str(error)
+        return operators, None
+
+    def _done(
+        self, operators: Sequence[ShardOperator], untold: str | None, store: Store, shards: list[ObjectInfo]
+    ) -> set[str]:
+        """The names of the shards for which no operator has anything left to do."""
+        from airflow_vlm_provider.finished import finished
+
+        if not self.skip_done:
+            return set()
+        done = {shard.name for shard in shards}
+        runners = []
+        try:
+            if untold is not None:
+                raise UntoldError(untold)
+            for operator in operators:
+                runner, own = self._runner(operator, store, shards)
+                done &= finished(runner, [shard for shard in own if shard.name in done])
+                runners.append(runner)
+        except Exception as error:
+            self.log.info("Nothing is left out of the plan for being done already, because %s", error)
+            return set()
+        if len(done) < len(shards):
+            self._merge_keys(runners)
+        return done
+
+    def _runner(
+        self, operator: ShardOperator, store: Store, shards: list[ObjectInfo]
+    ) -> tuple[ShardRunner, list[ObjectInfo]]:
+        """What would take an operator's shards through its step, and the shards as they are in its own source."""
+        storage = storage_of(operator)
+        if operator.source != self.source:
+            # One step's output is the next one's source.
+            store, shards = find_shards(operator.source, storage=storage)
+        return make_runner(operator, source=store, storage=storage, written_by={})[0], shards
+
+    def _merge_keys(self, runners: Iterable[ShardRunner]) -> None:
+        """Merge the files of the key indexes, if there are many, before many tasks read them."""
+        from airflow_vlm_provider.ledger.key_index import KeyIndex
+
+        for runner in runners:
+            try:
+                KeyIndex(runner.destination, step=runner.step.name).merge()
+            except (VLMError, OSError) as error:
+                self.log.warning("The key index of %s could not be merged: %s", runner.destination.uri, error)
+
+    def _returned(
+        self, groups: list[list[str]], operators: Sequence[ShardOperator]
+    ) -> list[list[str]] | list[str]:
+        """The groups themselves, or where they are kept if there are too many names for XCom."""
+        if (
+            sum(map(len, groups)) <= MAX_LISTED_SHARDS
+            and len(json.dumps(groups).encode()) <= MAX_LISTED_BYTES
+        ):
+            return groups
+        if not operators:
+            self.log.warning(
+                "The names of all shards go to XCom: no shard operator was found to map over this plan, in whose "
+                "destination it could be kept"
+            )
+            return groups
+        place = storage_of(operators[0]).open_store(operators[0].destination)
+        name = save_plan(place, groups)
+        self.log.info("The plan is in %s%s", place.uri, name)
+        return [
+            str(PlanReference(place.uri, name, number, label(group))) for number, group in enumerate(groups)
+        ]
 
 
 def _whole(max_tasks: int | str) -> int:
