@@ -16,10 +16,9 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from airflow.sdk.execution_time.timeout import timeout
 
 from airflow_vlm_provider.errors import ConfigError, EngineError
-from airflow_vlm_provider.operators import base, storage
+from airflow_vlm_provider.operators import base
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 from airflow_vlm_provider.progress import Progress
-from airflow_vlm_provider.shards.stores import ObjectInfo
 from demo.drawings import draw
 from tests.support.fakes import ScriptedEngine
 
@@ -220,17 +219,3 @@ def test_a_mapped_operator_that_is_right_can_be_mapped_over_anything():
             [{"destination": "s3://o/", "try_num": 2}]
         )
     assert sorted(dag.task_ids) == ["a", "b"]
-
-
-def test_shards_with_impossible_names_are_left_out_and_the_others_done(monkeypatch, caplog):
-    names = ["d1//odd.jsonl", "d2/a\\b.jsonl", "x" * 1000 + ".jsonl", "good.jsonl", "no-shard.txt"]
-    store = SimpleNamespace(list=lambda: [ObjectInfo(name, 1, "i") for name in names])
-    monkeypatch.setattr("airflow_vlm_provider.shards.opening.locate", lambda uri, s3_client: (store, None))
-    _, found = storage.find_shards("s3://b/", s3_client=None)
-    assert [each.name for each in found] == ["good.jsonl"]
-    assert len([record for record in caplog.records if "Left out a shard" in record.getMessage()]) == 3
-
-
-def test_a_shard_named_outside_the_source_is_refused(place):
-    with pytest.raises(ConfigError, match=r"shards names '\.\./x\.jsonl'"):
-        storage.find_shards(str(place / "in"), ["../x.jsonl"], s3_client=None)
