@@ -50,8 +50,9 @@ def get_vlm_cli_commands() -> list[GroupCommand]:
         name="prune",
         help="Remove old journal segments that no manifest refers to, and old plans",
         description=(
-            "Remove journal segments that no manifest refers to (of attempts that were killed and never done again), "
-            "and plans, that are older than so many days. Answers that a manifest refers to are never removed."
+            "Remove journal segments that no manifest refers to (of attempts that never committed, and with answers to "
+            "questions that are not asked any more), and plans, that are older than so many days. What a manifest "
+            "refers to is never removed."
         ),
         func=lazy_load_command("airflow_vlm_provider.cli.ledger.prune"),
         args=(

@@ -1,7 +1,8 @@
-"""Clears away what nothing refers to any more: journal segments of attempts that never committed, and old plans.
+"""Clears away what nothing refers to any more: old plans, and journal segments that no commit's output is made from.
 
-Only what is known to be unneeded goes: a segment that was read by its name for one, that no manifest refers to, and
-that is old by the storage's own clock. A manifest that can't be read may refer to anything, so that shard is left as
+Those are of attempts that never committed, or hold answers to questions that are not asked any more. Only what is
+known to be unneeded goes: a segment that has the name of one, that no manifest refers to, and that is old by the
+storage's own clock. A manifest that can't be read may refer to anything, so that shard is left as
 it is.
 
 A run may commit at the same time. Each shard's manifest is read right before its segments are deleted, not when they

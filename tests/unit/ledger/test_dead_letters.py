@@ -115,6 +115,13 @@ def test_rows_that_are_the_same_keep_a_history_each(clock):
     assert alone["attempts"] == 4, "the one in the same place"
 
 
+def test_rows_that_are_the_same_keep_a_history_each_when_they_were_moved(clock):
+    files, twin = MemoryFiles(), b'{"text": "twin"}'
+    run(files, failed(sample(3, twin), attempts=1), failed(sample(7, twin), attempts=2))
+    letters = run(files, failed(sample(4, twin), attempts=1), failed(sample(8, twin), attempts=1))
+    assert [each["attempts"] for each in letters] == [2, 3]
+
+
 def test_an_answer_out_of_the_journal_is_no_attempt(clock):
     files = MemoryFiles()
     run(files, failed(sample(0), attempts=3))
