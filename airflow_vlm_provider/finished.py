@@ -26,30 +26,31 @@ log = logging.getLogger(__name__)
 MEDIA_THREADS = 16
 
 
-def finished(runner: ShardRunner, shards: Sequence[ObjectInfo]) -> set[str]:
-    """Return the names of the shards for which a runner has nothing left to do. Blocks on the stores.
+def finished(runner: ShardRunner, shards: Sequence[ObjectInfo]) -> dict[str, CommitEntry]:
+    """Return those of the shards for which a runner has nothing left to do. Blocks on the stores.
 
     The files of the commit index are merged by the way, if there are many.
 
     :param shards: Shards in the runner's source, as they are now.
+    :return: By name, with the commits that say so.
     """
     if runner.overwrite and not runner.failed_only:
-        return set()
+        return {}
     entries = CommitIndex(runner.destination, step=runner.step.name).merge()
     known = [(shard, entries[shard.name]) for shard in shards if shard.name in entries]
     if runner.failed_only:
-        return {shard.name for shard, entry in known if not _has_letters(runner, entry)}
+        return {shard.name: entry for shard, entry in known if not _has_letters(runner, entry)}
     settled = [entry for shard, entry in known if _is_settled(runner, entry, shard)]
     outputs = dict(runner.destination.stat_many(sorted({entry.output_name for entry in settled})))
-    done = [
-        entry
+    done = {
+        entry.shard: entry
         for entry in settled
         if (output := outputs[entry.output_name]) is not None and output.identity == entry.output
-    ]
-    names = {entry.shard for entry in done}
+    }
     if not runner.trust_media:
-        names -= _with_replaced_media(runner, [entry.shard for entry in done if entry.media])
-    return names
+        for name in _with_replaced_media(runner, [name for name, entry in done.items() if entry.media]):
+            del done[name]
+    return done
 
 
 def _has_letters(runner: ShardRunner, entry: CommitEntry) -> bool:

@@ -20,6 +20,7 @@ from airflow_vlm_provider.operators.storage import Storage, find_shards
 if TYPE_CHECKING:
     from airflow.sdk import Context
 
+    from airflow_vlm_provider.ledger.commit_index import CommitEntry
     from airflow_vlm_provider.operators.base import ShardOperator
     from airflow_vlm_provider.runner import ShardRunner
     from airflow_vlm_provider.shards.stores import ObjectInfo, Store
@@ -51,7 +52,8 @@ class PlanShardsOperator(BaseOperator):
     ``trigger_rule="none_failed"`` if it is to run all the same. To know what is done, the plan looks at these
     operators in its own DAG, their templates rendered for its own run, and at their ledgers. Where that can't be
     told (the operators take more than the groups from other tasks, a connection is missing, ...) the log says why,
-    and nothing is left out; the tasks then find out for themselves.
+    and nothing is left out; the tasks then find out for themselves. What is left out is in the XCom ``done``, by the
+    operators' task ids: ``{"tag": {"shards": 12, "rows_in": 3456, "failed": 7}}``.
 
     :param source: Where the shards are: ``s3://bucket/prefix``, ``file:///path`` or a local path (templated).
         Objects with a part of their name beginning with ``_`` or ``.`` are no data and left out.
@@ -102,7 +104,9 @@ class PlanShardsOperator(BaseOperator):
                 )
             store, shards = self._find()
             operators, untold = self._dependants(context)
-            done = self._done(operators, untold, store, shards)
+            done, counts = self._done(operators, untold, store, shards)
+            if done:
+                context["ti"].xcom_push(key="done", value=counts)
             groups = deal((shard for shard in shards if shard.name not in done), max_tasks)
             self.log.info(
                 "%d shards below %s, %d of them done already, the rest in %d groups",
@@ -139,27 +143,30 @@ class PlanShardsOperator(BaseOperator):
 
     def _done(
         self, operators: Sequence[ShardOperator], untold: str | None, store: Store, shards: list[ObjectInfo]
-    ) -> set[str]:
-        """The names of the shards for which no operator has anything left to do."""
+    ) -> tuple[set[str], dict[str, dict[str, int]]]:
+        """The names of the shards for which no operator has anything left to do, and their counts by operator."""
         from airflow_vlm_provider.finished import finished
 
         if not self.skip_done:
-            return set()
+            return set(), {}
         done = {shard.name for shard in shards}
+        commits: dict[str, dict[str, CommitEntry]] = {}
         runners = []
         try:
             if untold is not None:
                 raise UntoldError(untold)
             for operator in operators:
                 runner, own = self._runner(operator, store, shards)
-                done &= finished(runner, [shard for shard in own if shard.name in done])
+                found = finished(runner, [shard for shard in own if shard.name in done])
+                done &= found.keys()
+                commits[operator.task_id] = found
                 runners.append(runner)
         except Exception as error:
             self.log.info("Nothing is left out of the plan for being done already, because %s", error)
-            return set()
+            return set(), {}
         if len(done) < len(shards):
             self._merge_keys(runners)
-        return done
+        return done, {task_id: _counts(found[name] for name in done) for task_id, found in commits.items()}
 
     def _runner(
         self, operator: ShardOperator, store: Store, shards: list[ObjectInfo]
@@ -209,6 +216,15 @@ def _whole(max_tasks: int | str) -> int:
     if isinstance(max_tasks, bool) or not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"max_tasks={max_tasks!r} must be a whole number of at least 1.")
     return int(text)
+
+
+def _counts(commits: Iterable[CommitEntry]) -> dict[str, int]:
+    counts = {"shards": 0, "rows_in": 0, "failed": 0}
+    for commit in commits:
+        counts["shards"] += 1
+        counts["rows_in"] += commit.rows_in
+        counts["failed"] += commit.failed
+    return counts
 
 
 def deal(shards: Iterable[ObjectInfo], max_tasks: int) -> list[list[str]]:

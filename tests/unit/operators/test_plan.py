@@ -99,7 +99,8 @@ def place(tmp_path, monkeypatch):
 
 
 def context(**more: Any) -> Any:
-    ti = SimpleNamespace(dag_id="d", run_id="r", task_id="plan", map_index=-1, try_number=1)
+    ti = SimpleNamespace(dag_id="d", run_id="r", task_id="plan", map_index=-1, try_number=1, pushed={})
+    ti.xcom_push = lambda key, value: ti.pushed.update({key: value})
     return {"ti": ti, "outlet_events": {}, "params": {}, **more}
 
 
@@ -141,6 +142,14 @@ def test_what_is_done_is_left_out_of_the_plan(place, capfd):
     assert "2 of them done already, the rest in 1 groups" in said
     tag(place, *NAMES)
     assert run(plan) == []
+
+
+def test_what_is_left_out_still_counts(place):
+    (place / "in" / "0.png").write_bytes(b"no picture")
+    tag(place, *NAMES[:2], max_error_rate=1.0)
+    plan, given = mapped(place, {"max_error_rate": 1.0}), context()
+    assert plan.execute(given) == [["c.jsonl"]]
+    assert given["ti"].pushed == {"done": {"tag": {"shards": 2, "rows_in": 2, "failed": 1}}}
 
 
 def test_all_are_planned_on_demand(place):
@@ -214,6 +223,7 @@ def test_only_shards_with_dead_letters_are_planned_for_a_redrive(place):
     (place / "in" / "0.png").write_bytes(b"no picture")
     tag(place, *NAMES, max_error_rate=1.0)
     assert run(mapped(place, {"max_error_rate": 1.0})) == []
+    assert run(mapped(place, {"max_error_rate": 0.5})) == ["a.jsonl"]
     assert run(mapped(place, {"max_error_rate": 1.0, "failed_only": True})) == ["a.jsonl"]
 
 
