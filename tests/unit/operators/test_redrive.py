@@ -173,18 +173,20 @@ def test_the_step_is_made_again_from_the_manifest_with_all_its_parameters(place)
 
 def test_manifests_that_differ_are_done_each_by_itself(place):
     place.add_source("more", "c")
-    place.failing("a1.png", "c1.png", "c2.png")
-    place.tag(max_error_rate=1)
-    place.tag("more", system_prompt="Other words.", max_error_rate=1)
+    place.failing("a1.png", "b1.png", "c1.png", "c2.png")
+    place.tag(shards="a.jsonl", max_error_rate=1)
+    place.tag(shards="b.jsonl", system_prompt="Other words.", max_error_rate=1)
+    place.tag("more", max_error_rate=1)
     groups = failed_groups(open_store(str(place.root / "out")))
-    assert sorted(list(group.shards) for group in groups) == [["a.jsonl"], ["c.jsonl"]]
+    assert [list(group.shards) for group in groups] == [["a.jsonl"], ["b.jsonl"], ["c.jsonl"]]
     place.failing()
 
     summary = place.redrive()
 
-    assert only(summary) == {"requests": 3, "redriven": 3, "recovered": 3, "still_failed": 0, "shards": 2}
-    assert summary["rows_in"] == 12
-    assert all(place.tagged("a") + place.tagged("c"))
+    assert only(summary) == {"requests": 4, "redriven": 4, "recovered": 4, "still_failed": 0, "shards": 3}
+    assert summary["rows_in"] == 18
+    assert all(place.tagged("a") + place.tagged("b") + place.tagged("c"))
+    assert failed_groups(open_store(str(place.root / "out"))) == []
 
 
 def test_what_keeps_one_group_from_being_done_does_not_keep_the_others(place):
