@@ -67,7 +67,7 @@ class ShardLedger:
             in_thread=in_thread,
             on_failure=on_failure,
         )
-        self.recorder = MediaRecorder(job.media.answering_parameters())
+        self.recorder = MediaRecorder(job.media.parameters())
 
     async def open(self) -> None:
         """Read what earlier runs left of the shard: answers, dead letters, media."""
@@ -88,7 +88,7 @@ class ShardLedger:
         if self._before is not None and self._before.media is not None:
             folder = ledger_folder(shard, step)
             self.remembered = MediaMemory.read(
-                job.destination, f"{folder}/{self._before.media}", job.media.answering_parameters()
+                job.destination, f"{folder}/{self._before.media}", job.media.parameters()
             )
             if job.trust_media:
                 self.remembered.trust()
@@ -181,6 +181,8 @@ def commit_entry(manifest: Manifest, shard: str, output_name: str) -> CommitEntr
         output_name=output_name,
         output=manifest.output["identity"],
         rows_in=manifest.counts.rows_in,
+        rows_out=manifest.counts.rows_out,
+        skipped=manifest.counts.skipped,
         failed=manifest.counts.failed,
         kinds=dict(manifest.kinds),
         media=manifest.media is not None,

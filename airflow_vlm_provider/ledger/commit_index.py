@@ -29,7 +29,8 @@ class CommitEntry:
     :param input: Identity of the shard that was read.
     :param output_name: Name of what was written, below the destination's root.
     :param output: Its identity.
-    :param rows_in: Rows read.
+    :param rows_in: Rows read, and ``rows_out`` rows written.
+    :param skipped: Rows with nothing to do.
     :param failed: Rows that became dead letters, and ``kinds`` how many of each kind.
     :param media: Whether there is a record of the media that the rows refer to.
     :param finished_at: ISO 8601, UTC, to the microsecond: of two commits, the later one's sorts last.
@@ -41,6 +42,8 @@ class CommitEntry:
     output_name: str
     output: str
     rows_in: int
+    rows_out: int
+    skipped: int
     failed: int
     kinds: Mapping[str, int]
     media: bool

@@ -6,6 +6,7 @@ import fnmatch
 import heapq
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import BaseOperator, conf
@@ -52,8 +53,8 @@ class PlanShardsOperator(BaseOperator):
     ``trigger_rule="none_failed"`` if it is to run all the same. To know what is done, the plan looks at these
     operators in its own DAG, their templates rendered for its own run, and at their ledgers. Where that can't be
     told (the operators take more than the groups from other tasks, a connection is missing, ...) the log says why,
-    and nothing is left out; the tasks then find out for themselves. What is left out is in the XCom ``done``, by the
-    operators' task ids: ``{"tag": {"shards": 12, "rows_in": 3456, "failed": 7}}``.
+    and nothing is left out; the tasks then find out for themselves. The XCom ``done`` holds what each operator would
+    have returned for what is left out, by task id: ``{"tag": {"shards": 12, "rows_in": 3456, "failed": 7, ...}}``.
 
     :param source: Where the shards are: ``s3://bucket/prefix``, ``file:///path`` or a local path (templated).
         Objects with a part of their name beginning with ``_`` or ``.`` are no data and left out.
@@ -104,9 +105,9 @@ class PlanShardsOperator(BaseOperator):
                 )
             store, shards = self._find()
             operators, untold = self._dependants(context)
-            done, counts = self._done(operators, untold, store, shards)
+            done, summaries = self._done(operators, untold, store, shards)
             if done:
-                context["ti"].xcom_push(key="done", value=counts)
+                context["ti"].xcom_push(key="done", value=summaries)
             groups = deal((shard for shard in shards if shard.name not in done), max_tasks)
             self.log.info(
                 "%d shards below %s, %d of them done already, the rest in %d groups",
@@ -143,8 +144,8 @@ class PlanShardsOperator(BaseOperator):
 
     def _done(
         self, operators: Sequence[ShardOperator], untold: str | None, store: Store, shards: list[ObjectInfo]
-    ) -> tuple[set[str], dict[str, dict[str, int]]]:
-        """The names of the shards for which no operator has anything left to do, and their counts by operator."""
+    ) -> tuple[set[str], dict[str, dict[str, Any]]]:
+        """The names of the shards for which no operator has anything left to do, and their sums by task id."""
         from airflow_vlm_provider.finished import finished
 
         if not self.skip_done:
@@ -166,7 +167,7 @@ class PlanShardsOperator(BaseOperator):
             return set(), {}
         if len(done) < len(shards):
             self._merge_keys(runners)
-        return done, {task_id: _counts(found[name] for name in done) for task_id, found in commits.items()}
+        return done, {task_id: _summary(found[name] for name in done) for task_id, found in commits.items()}
 
     def _runner(
         self, operator: ShardOperator, store: Store, shards: list[ObjectInfo]
@@ -218,13 +219,18 @@ def _whole(max_tasks: int | str) -> int:
     return int(text)
 
 
-def _counts(commits: Iterable[CommitEntry]) -> dict[str, int]:
-    counts = {"shards": 0, "rows_in": 0, "failed": 0}
+def _summary(commits: Iterable[CommitEntry]) -> dict[str, Any]:
+    """What an operator would return for shards that are all done, as far as it is counts."""
+    from airflow_vlm_provider.ledger.manifest import Counts
+
+    total, shards = Counts(cost_usd=0), 0
     for commit in commits:
-        counts["shards"] += 1
-        counts["rows_in"] += commit.rows_in
-        counts["failed"] += commit.failed
-    return counts
+        cached = commit.rows_in - commit.skipped - commit.failed
+        total += Counts(
+            commit.rows_in, commit.rows_out, cached=cached, skipped=commit.skipped, failed=commit.failed
+        )
+        shards += 1
+    return {**asdict(total), "shards": shards, "shards_unchanged": shards}
 
 
 def deal(shards: Iterable[ObjectInfo], max_tasks: int) -> list[list[str]]:
