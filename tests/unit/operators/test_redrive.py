@@ -57,13 +57,15 @@ class Place:
         self.made.append(given)
         return self.engine
 
-    def failing(self, *names: str, kind: str = "refused") -> None:
+    def failing(self, *refused: str, transient: str | None = None) -> None:
         """From now on these pictures get no answer."""
-        bad = {self.pictures[name] for name in names}
+        bad = {self.pictures[name]: "refused" for name in refused}
+        if transient is not None:
+            bad[self.pictures[transient]] = "transient"
 
         def answer(about: bytes) -> str:
             if about in bad:
-                raise SampleError(kind, "no", attempts=1)
+                raise SampleError(bad[about], "no", attempts=1)
             return TAGS
 
         self.engine = ScriptedEngine(answer)
@@ -127,20 +129,19 @@ def test_where_nothing_failed_nothing_is_asked_and_nobody_connected(place):
 
 
 def test_only_the_kinds_the_shards_and_the_step_that_were_named(place):
-    place.failing("a1.png", "b1.png")
+    place.failing("a1.png", "b1.png", transient="b2.png")
     place.tag(max_error_rate=1)
-    (place.root / "in" / "b2.png").unlink()
-    place.tag(max_error_rate=1, overwrite=True)
     place.failing()
 
-    assert place.redrive(kinds=["transient"])["redriven"] == 0
+    assert place.redrive(kinds=["unparsable"])["redriven"] == 0
     assert place.redrive(step="image_tagging", shards="nowhere.jsonl")["redriven"] == 0
     assert only(place.redrive(shards=["a.jsonl"]))["recovered"] == 1
     assert place.asked() == ["a1.png"]
     assert only(place.redrive(kinds=["refused"], max_error_rate=1)) == {
         **{"requests": 1, "redriven": 1, "recovered": 1, "still_failed": 0, "shards": 1}
     }
-    assert place.letters("b") == [(2, "media_missing")]
+    assert place.asked() == ["a1.png", "b1.png"]
+    assert place.letters("b") == [(2, "transient")]
 
 
 def test_the_step_is_made_again_from_the_manifest_with_all_its_parameters(place):
