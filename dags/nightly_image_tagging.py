@@ -2,7 +2,8 @@
 
 Copy this file and change what stands at its top. It expects a connection ``vlm_default`` of type "Vision-language
 model" and, for S3, a connection ``aws_default``. The day's shards are read from ``<source>/<day>/`` and tagged
-copies written to ``<destination>/<day>/``, so that a backfill works on its own days.
+copies written to ``<destination>/<day>/``, so that a backfill works on its own days. Pictures that the day before had
+too are not asked about again, and neither is anything in a day that is cleared or backfilled once more.
 
 Where the tagging tasks run is configuration, not code: ``[vlm] gpu_queue`` and ``[vlm] gpu_pool``.
 """
@@ -40,7 +41,10 @@ with DAG(
         "source": Param(SOURCE, type="string", description="Prefix with one folder of shards a day"),
         "destination": Param(DESTINATION, type="string", description="Where the tagged shards go"),
         "day": Param(
-            None, type=["null", "string"], description="Folder to tag; empty takes the run's logical date"
+            None,
+            type=["null", "string"],
+            format="date",
+            description="Day to tag, as its folder is named (YYYY-MM-DD); empty takes the run's logical date",
         ),
         "max_tasks": Param(
             200, type="integer", minimum=1, description="Most tasks to spread the shards over"
@@ -53,9 +57,10 @@ with DAG(
     doc_md=__doc__,
 ) as dag:
     # A run that was triggered by hand or by an asset may have no logical date.
-    day = "{{ params.day or (dag_run.logical_date or dag_run.run_after) | ds }}"
-    source = "{{ params.source }}/" + day + "/"
-    destination = "{{ params.destination }}/" + day + "/"
+    day = "params.day or (dag_run.logical_date or dag_run.run_after) | ds"
+    source = "{{ params.source }}/{{ " + day + " }}/"
+    destination = "{{ params.destination }}/{{ " + day + " }}/"
+    day_before = "{{ params.destination }}/{{ macros.ds_add(" + day + ", -1) }}/"
 
     plan = PlanShardsOperator(task_id="plan", source=source, max_tasks="{{ params.max_tasks }}")
 
@@ -63,6 +68,8 @@ with DAG(
         task_id="tag",
         source=source,
         destination=destination,
+        # Many pictures of a day were there the day before; their answers are in its journals.
+        reuse_from=[day_before],
         # One bad group must not hide what the others did: the summary judges the whole.
         max_error_rate=1.0,
         max_pixels=1024 * 1024,
@@ -78,6 +85,9 @@ with DAG(
         manifests, plan = list(manifests), ti.xcom_pull(task_ids="plan")
         if plan is None:
             raise AirflowFailException("There is no plan, so nothing was tagged; look at the task 'plan'.")
+        groups = len(manifests)
+        # The plan leaves out what earlier runs have done; it counts all the same, and so do its failures.
+        manifests += (ti.xcom_pull(task_ids="plan", key="done") or {}).values()
         counts = ("shards", "shards_unchanged", "rows_in", "rows_out", "ok", "cached", "skipped", "failed")
         costs = ("requests", "prompt_tokens", "completion_tokens", "cost_usd")
         # A cost that nobody knows (the connection names no prices) is left out.
@@ -86,10 +96,10 @@ with DAG(
             for name in counts + costs
             if all(manifest[name] is not None for manifest in manifests)
         }
-        print(f"{len(manifests)} of {len(plan)} groups: {total}")
-        if len(manifests) < len(plan):
+        print(f"{groups} of {len(plan)} groups: {total}" if plan else f"All was done already: {total}")
+        if groups < len(plan):
             raise AirflowFailException(
-                f"Only {len(manifests)} of {len(plan)} groups finished; look at the failed 'tag' tasks and clear them."
+                f"Only {groups} of {len(plan)} groups finished; look at the failed 'tag' tasks and clear them."
             )
         if total["failed"] > params["max_error_rate"] * total["rows_in"]:
             raise AirflowFailException(
