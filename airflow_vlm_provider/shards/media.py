@@ -125,10 +125,6 @@ class MediaLoader:
         """
         return {**self.parameters(), "source": self._source, "max_bytes": self._max_bytes}
 
-    def load(self, ref: MediaRef, *, shard: str = "") -> Media:
-        """:meth:`fetch` and :meth:`prepare` in one."""
-        return self.prepare(self.fetch(ref, shard=shard))
-
     def fetch(
         self, ref: MediaRef, *, shard: str = "", embedded: Mapping[str, bytes] | None = None
     ) -> SourceMedia:

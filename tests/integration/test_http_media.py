@@ -19,6 +19,7 @@ from airflow_vlm_provider.shards.media import MediaLoader
 from airflow_vlm_provider.shards.media_roots import MediaRoots
 from airflow_vlm_provider.types import MediaRef
 from tests.support.images import encode, photo
+from tests.support.media import load_media
 from tests.support.raw_http import RawServer, answer, drip, flood, hang, raw_server, redirect, reset
 
 # A fetch that never gives up must not hold the whole run up.
@@ -65,10 +66,10 @@ def test_the_loader_fetches_and_checks() -> None:
     ) as server:
         loader = MediaLoader(source_uri="s3://bucket/", roots=[server.url("/pics/")])
         url = server.url("/pics/a.jpg")
-        assert loader.load(MediaRef("image", url)).data == JPEG
+        assert load_media(loader, MediaRef("image", url)).data == JPEG
         for kind in ("media_corrupt", "media_missing"):
             with pytest.raises(SampleError) as caught:
-                loader.load(MediaRef("image", url))
+                load_media(loader, MediaRef("image", url))
             assert caught.value.kind == kind
             assert caught.value.media == url
 
@@ -78,7 +79,7 @@ def test_a_relative_reference_is_looked_for_below_an_http_root(tmp_path: Path) -
         loader = MediaLoader(
             source_uri=f"file://{tmp_path}/", roots=[f"file://{tmp_path}", server.url("/pics/")]
         )
-        assert loader.load(MediaRef("image", "x/a.jpg"), shard="shards/1.jsonl").data == JPEG
+        assert load_media(loader, MediaRef("image", "x/a.jpg"), shard="shards/1.jsonl").data == JPEG
         assert server.requests[0].startswith(b"GET /pics/x/a.jpg ")
 
 

@@ -20,6 +20,7 @@ from airflow_vlm_provider.types import MediaRef
 from demo.s3_server import S3Server, start_s3
 from tests.support.faulty_proxy import Fault, faulty_proxy
 from tests.support.images import encode, photo
+from tests.support.media import load_media
 from tests.support.raw_http import answer, raw_server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
@@ -53,7 +54,7 @@ def loader(client: Any, **options: Any) -> MediaLoader:
 
 def failure(loader: MediaLoader, ref: str) -> SampleError:
     with pytest.raises(SampleError) as caught:
-        loader.load(MediaRef("image", ref), shard="shards/1.jsonl")
+        load_media(loader, MediaRef("image", ref), shard="shards/1.jsonl")
     assert caught.value.media == ref
     return caught.value
 
@@ -63,7 +64,7 @@ def failure(loader: MediaLoader, ref: str) -> SampleError:
     ["a.jpg", "s3://data/set/shards/a.jpg", "../100%25 caf\u00e9 ?#.jpg", "s3://data/set/%2e%2e/b.jpg"],
 )
 def test_objects_below_the_shards_prefix(s3: S3Server, ref: str) -> None:
-    media = loader(s3.client()).load(MediaRef("image", ref), shard="shards/1.jsonl")
+    media = load_media(loader(s3.client()), MediaRef("image", ref), shard="shards/1.jsonl")
     assert media.data == JPEG
 
 
@@ -77,7 +78,7 @@ def test_objects_elsewhere_are_not_asked_for(ref: str) -> None:
 
 def test_another_bucket_in_the_roots(s3: S3Server) -> None:
     roots = ["s3://data/set/", "s3://data2/"]
-    media = loader(s3.client(), roots=roots).load(MediaRef("image", "s3://data2/set/a.jpg"))
+    media = load_media(loader(s3.client(), roots=roots), MediaRef("image", "s3://data2/set/a.jpg"))
     assert media.data == JPEG
 
 
@@ -105,7 +106,7 @@ def test_what_s3_denies_in_one_root_is_looked_for_in_the_next(s3: S3Server, tmp_
     with raw_server(denied) as server:
         client = S3Server(server.url().rstrip("/")).client(retries={"max_attempts": 1})
         roots = ["s3://data/set/", str(tmp_path)]
-        media = loader(client, roots=roots).load(MediaRef("image", "a.jpg"), shard="shards/1.jsonl")
+        media = load_media(loader(client, roots=roots), MediaRef("image", "a.jpg"), shard="shards/1.jsonl")
         assert media.data == JPEG
 
 
@@ -135,7 +136,7 @@ def test_an_s3_that_is_down_is_not_the_samples_fault() -> None:
 def test_a_connection_that_breaks_within_a_picture_is_taken_up_again(s3: S3Server) -> None:
     with faulty_proxy(s3.endpoint_url, [Fault("reset", after_bytes=1000)]) as proxy:
         client = s3.client(endpoint_url=proxy.endpoint_url)
-        media = loader(client).load(MediaRef("image", "a.jpg"), shard="shards/1.jsonl")
+        media = load_media(loader(client), MediaRef("image", "a.jpg"), shard="shards/1.jsonl")
         assert media.data == JPEG
         assert len(proxy.faults) == 1
 

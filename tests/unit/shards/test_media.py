@@ -21,6 +21,7 @@ from airflow_vlm_provider.shards.media import MediaLoader
 from airflow_vlm_provider.shards.stores import ObjectInfo
 from airflow_vlm_provider.types import Looked, MediaRef
 from tests.support.images import decode, encode, photo, png
+from tests.support.media import load_media
 
 JPEG = encode(photo(), "JPEG")
 SECRET = encode(photo(8, 8), "PNG")
@@ -44,7 +45,7 @@ def loader(folder: Path, **options: object) -> MediaLoader:
 
 
 def load(folder: Path, ref: str, *, shard: str = "shards/1.jsonl", **options: object) -> bytes:
-    media = loader(folder, **options).load(MediaRef("image", ref), shard=shard)
+    media = load_media(loader(folder, **options), MediaRef("image", ref), shard=shard)
     assert media.ref == ref
     assert media.kind == "image"
     return media.data
@@ -66,7 +67,7 @@ def test_relative_to_the_shard_or_absolute(data: Path) -> None:
 
 def test_the_mime_type_is_told_by_content(data: Path) -> None:
     (data / "wrong.jpg").write_bytes(encode(photo(), "PNG"))
-    media = loader(data).load(MediaRef("image", "wrong.jpg"))
+    media = load_media(loader(data), MediaRef("image", "wrong.jpg"))
     assert media.mime == "image/png"
 
 
@@ -209,7 +210,7 @@ def test_large_images_are_shrunk(data: Path) -> None:
 
 def test_videos_are_not_loaded(data: Path) -> None:
     with pytest.raises(SampleError) as caught:
-        loader(data).load(MediaRef("video", "a.mp4"))
+        load_media(loader(data), MediaRef("video", "a.mp4"))
     assert caught.value.kind == "media_unsupported"
     assert caught.value.media == "a.mp4"
 
@@ -217,14 +218,14 @@ def test_videos_are_not_loaded(data: Path) -> None:
 @pytest.mark.parametrize("ref", [None, 7, ["a.jpg"], {"path": "a.jpg"}])
 def test_a_reference_that_is_no_string_is_refused(data: Path, ref: object) -> None:
     with pytest.raises(SampleError) as caught:
-        loader(data).load(MediaRef("image", ref))  # type: ignore[arg-type]
+        load_media(loader(data), MediaRef("image", ref))  # type: ignore[arg-type]
     assert caught.value.kind == "media_refused"
     assert caught.value.media == repr(ref)
 
 
 def test_a_reference_that_holds_a_picture_is_reported_in_part(data: Path) -> None:
     with pytest.raises(SampleError) as caught:
-        loader(data).load(MediaRef("image", "data:image/png;base64," + "A" * 1_000_000))
+        load_media(loader(data), MediaRef("image", "data:image/png;base64," + "A" * 1_000_000))
     assert caught.value.kind == "media_refused"
     assert len(caught.value.media or "") < 2000
 
@@ -248,7 +249,7 @@ def test_one_loader_serves_many_threads(data: Path) -> None:
     shared = loader(data, max_pixels=100)
     refs = [MediaRef("image", f"{number}.png") for number in range(40)] * 5
     with ThreadPoolExecutor(8) as threads:
-        loaded = list(threads.map(lambda ref: shared.load(ref, shard="shards/1.jsonl"), refs))
+        loaded = list(threads.map(lambda ref: load_media(shared, ref, shard="shards/1.jsonl"), refs))
     assert [media.ref for media in loaded] == [ref.ref for ref in refs]
     assert all(decode(media.data).width <= 100 for media in loaded)
     assert [media.data for media in loaded[:40]] == [media.data for media in loaded[40:80]]
@@ -262,8 +263,10 @@ def test_one_loader_serves_many_threads(data: Path) -> None:
 @example("$HOME/secret")
 def test_no_reference_raises_anything_but_a_sample_error(ref: str) -> None:
     with pytest.raises(SampleError):
-        MediaLoader(source_uri="file:///nowhere/at/all/", roots=["/nowhere", "/nowhere/else"]).load(
-            MediaRef("image", ref), shard="x/1.jsonl"
+        load_media(
+            MediaLoader(source_uri="file:///nowhere/at/all/", roots=["/nowhere", "/nowhere/else"]),
+            MediaRef("image", ref),
+            shard="x/1.jsonl",
         )
 
 
