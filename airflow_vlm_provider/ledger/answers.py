@@ -22,7 +22,7 @@ from airflow_vlm_provider.ledger.key_index import KeyIndex
 from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
 from airflow_vlm_provider.ledger.manifest import Files
 from airflow_vlm_provider.ledger.records import key_of, newer
-from airflow_vlm_provider.ledger.segments import MAX_FILE_BYTES, iter_segment
+from airflow_vlm_provider.ledger.segments import MAX_FILE_BYTES, iter_segment, read_segment
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ Segment = tuple[int, str]
 
 # So many segments are read at once: each of them is in memory meanwhile.
 READS = 4
+# Larger ones are read twice, to check them first, and so need not be in memory with all their lines.
+LARGE_BYTES = 2 * 1024 * 1024
 
 
 class Answers:
@@ -146,7 +148,8 @@ class Answers:
         files = self._files[place]
         uri = getattr(files, "uri", "") + name
         try:
-            for lines in iter_segment(files.read(name, max_bytes=MAX_FILE_BYTES)):
+            data = files.read(name, max_bytes=MAX_FILE_BYTES)
+            for lines in iter_segment(data) if len(data) > LARGE_BYTES else (read_segment(data),):
                 self.put(lines)
         except FileNotFoundError:
             # A commit of its shard has replaced it, and the newer one is in the index too.
