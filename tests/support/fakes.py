@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from airflow_vlm_provider.errors import SampleError
 from airflow_vlm_provider.steps.base import StepRun
-from airflow_vlm_provider.types import Answer, Choice, Media, MediaRef, Request, Result, Sample, Usage
+from airflow_vlm_provider.types import (
+    Answer,
+    Choice,
+    Media,
+    MediaRef,
+    Request,
+    Result,
+    Sample,
+    SourceMedia,
+    Usage,
+)
 
 
 class CaptionStep:
-    """Asks for one caption a row, about its image or else its text; a row that has one is skipped."""
+    """Asks for one caption a row, about its image or else its text; a row that has one is skipped.
+
+    :param suffix: Put behind every caption; no part of what is asked.
+    :param useless: An answer that fails its sample.
+    """
 
     name = "caption"
+    asking = frozenset({"prompt"})
 
-    def __init__(self, prompt: str = "Describe.") -> None:
+    def __init__(self, prompt: str = "Describe.", *, suffix: str = "", useless: str = "") -> None:
         self.prompt = prompt
+        self.suffix = suffix
+        self.useless = useless
 
     def parameters(self) -> Mapping[str, Any]:
-        return {"prompt": self.prompt}
+        return {"prompt": self.prompt, "suffix": self.suffix}
+
+    def generated(self) -> Mapping[str, Any]:
+        return {"caption": {"type": "string"}}
 
     def process(self, sample: Sample) -> StepRun:
         row = sample.row
@@ -32,7 +53,10 @@ class CaptionStep:
             raise KeyError("a defect of the step")
         about = [MediaRef("image", ref) for ref in row.get("images", [])] or [row["text"]]
         answers = yield [Request(system=None, parts=(each, self.prompt)) for each in about]
-        return Result(rows=({**row, "caption": " ".join(answer.choices[0].text for answer in answers)},))
+        texts = [answer.choices[0].text for answer in answers]
+        if self.useless and self.useless in texts:
+            raise SampleError("unparsable", "a useless answer", attempts=len(texts))
+        return Result(rows=({**row, "caption": " ".join(texts) + self.suffix},))
 
 
 class ScriptedEngine:
@@ -85,6 +109,54 @@ class ScriptedEngine:
             finally:
                 self.in_flight -= 1
         return Answer((Choice(text),), self.model, Usage(requests=1, prompt_tokens=10, completion_tokens=2))
+
+
+class FakeMedia:
+    """Any reference is its own content, until something else is put behind it; some are missing.
+
+    :ivar content: What stands behind a reference; changing it changes its identity.
+    :ivar fetched: References that were fetched, in order.
+    """
+
+    remote = False
+
+    def __init__(self) -> None:
+        self.content: dict[str, bytes] = {}
+        self.fetched: list[str] = []
+
+    def parameters(self) -> Mapping[str, Any]:
+        return {"max_pixels": None, "roots": None}
+
+    def answering_parameters(self) -> Mapping[str, Any]:
+        return {"max_pixels": None}
+
+    def fetch(self, ref: MediaRef, *, shard: str, embedded: Mapping[str, bytes]) -> SourceMedia:
+        if ref.ref in embedded:
+            data = embedded[ref.ref]
+            return SourceMedia(ref.kind, ref.ref, data, hashlib.sha256(data).hexdigest())
+        self.fetched.append(ref.ref)
+        identity = self._identity(ref.ref)
+        looked = ((f"file:///{ref.ref}", identity),)
+        if identity is None:
+            error = SampleError("media_missing", f"there is no {ref.ref}", media=ref.ref)
+            error.looked = looked
+            raise error
+        data = self.content.get(ref.ref, ref.ref.encode())
+        return SourceMedia(ref.kind, ref.ref, data, hashlib.sha256(data).hexdigest(), looked)
+
+    def prepare(self, source: SourceMedia) -> Media:
+        if source.data.startswith(b"corrupt"):
+            raise SampleError("media_corrupt", f"{source.ref} is corrupt", media=source.ref)
+        return Media("image", "image/png", source.data, source.ref)
+
+    def identities(self, uris: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+        for uri in uris:
+            yield uri, self._identity(uri.removeprefix("file:///"))
+
+    def _identity(self, ref: str) -> str | None:
+        if ref.startswith("missing") and ref not in self.content:
+            return None
+        return hashlib.sha256(self.content.get(ref, ref.encode())).hexdigest()
 
 
 def refuse(kind: str = "refused") -> Callable[[Any], str]:

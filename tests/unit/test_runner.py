@@ -7,81 +7,16 @@ import json
 import random
 import threading
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from airflow_vlm_provider import shard_run
+from airflow_vlm_provider import shard_ledger, shard_run
 from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, ShardError
 from airflow_vlm_provider.ledger.manifest import Counts, UnaccountedError
-from airflow_vlm_provider.runner import ShardRunner
 from airflow_vlm_provider.shards.jsonl import JsonLinesWriter
-from airflow_vlm_provider.shards.opening import open_store
-from airflow_vlm_provider.shards.stores import ObjectInfo
-from airflow_vlm_provider.types import Media, MediaRef
 from tests.support.fakes import CaptionStep, ScriptedEngine
-
-
-class FakeMedia:
-    """Any reference is its own content, except that some are missing."""
-
-    def parameters(self) -> Mapping[str, Any]:
-        return {"max_pixels": None}
-
-    remote = False
-
-    def load(self, ref: MediaRef, *, shard: str) -> Media:
-        if ref.ref.startswith("missing"):
-            raise SampleError("media_missing", f"there is no {ref.ref}", media=ref.ref)
-        return Media("image", "image/png", ref.ref.encode(), ref.ref)
-
-
-class Place:
-    """A source and a destination in a temporary folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.source_path, self.destination_path = root / "in", root / "out"
-        self.source_path.mkdir()
-        self.source = open_store(str(self.source_path))
-        self.destination = open_store(str(self.destination_path))
-
-    def shard(self, name: str, rows: list[Any]) -> ObjectInfo:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (self.source_path / name).write_text("".join(line + "\n" for line in lines))
-        return self.source.stat(name)
-
-    def runner(self, engine: ScriptedEngine, step: CaptionStep | None = None, **options: Any) -> ShardRunner:
-        return ShardRunner(
-            step=step or CaptionStep(),
-            engine=engine,
-            source=self.source,
-            destination=self.destination,
-            media=FakeMedia(),  # type: ignore[arg-type]
-            **options,
-        )
-
-    def run(self, engine: ScriptedEngine, *shards: ObjectInfo, **options: Any) -> list[Any]:
-        async def go() -> list[Any]:
-            async with engine:
-                return await self.runner(engine, **options).run_all(shards)
-
-        return asyncio.run(go())
-
-    def output(self, name: str = "a.jsonl") -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.destination_path / name).read_text().splitlines()]
-
-    def errors(self, name: str = "a.jsonl") -> list[dict[str, Any]]:
-        path = self.destination_path / "_vlm" / name / "caption" / "errors.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    def files(self) -> set[str]:
-        return {
-            str(path.relative_to(self.destination_path))
-            for path in self.destination_path.rglob("*")
-            if path.is_file()
-        }
+from tests.support.place import Place
 
 
 @pytest.fixture
@@ -169,7 +104,7 @@ def test_a_shard_with_failures_is_not_done_and_mended_rows_empty_its_dead_letter
     (manifest,) = place.run(ScriptedEngine(fail), shard)
     assert len(place.errors()) == 1
     assert manifest.counts.requests == 1, "what was sent in vain counts, too"
-    assert place.runner(ScriptedEngine()).committed(shard) is None
+    assert place.runner(ScriptedEngine(), max_error_rate=0.9).committed(shard) is None
     (manifest,) = place.run(ScriptedEngine(), shard)
     assert place.errors() == []
     assert manifest.errors is None
@@ -191,7 +126,7 @@ def test_what_is_no_samples_fault_stops_at_once_and_leaves_nothing(place, error)
         place.run(engine, shard)
     assert time.monotonic() - started < 60
     assert len(engine.asked) < 200
-    assert place.files() == set()
+    assert place.committed_files() == set()
 
 
 def test_an_error_stops_the_requests_of_other_open_shards_too(place):
@@ -205,7 +140,7 @@ def test_an_error_stops_the_requests_of_other_open_shards_too(place):
     with pytest.raises(EngineError):
         place.run(engine, *shards)
     assert engine.in_flight == 0
-    assert place.files() == set()
+    assert place.committed_files() == set()
 
 
 def test_cancelling_stops_sending_and_leaves_nothing_behind(place):
@@ -227,7 +162,7 @@ def test_cancelling_stops_sending_and_leaves_nothing_behind(place):
     cancelled_at = asyncio.run(go())
     assert len(engine.sent_at) > 8
     assert max(engine.sent_at) <= cancelled_at
-    assert place.files() == set()
+    assert place.committed_files() == set()
 
 
 def test_cancelling_stops_the_sending_also_while_a_write_blocks(place, monkeypatch):
@@ -236,17 +171,17 @@ def test_cancelling_stops_the_sending_also_while_a_write_blocks(place, monkeypat
     writing = threading.Event()
     plain = JsonLinesWriter.write
 
-    def blocking(self: Any, row: Any) -> None:
+    def blocking(self: Any, sample: Any, rows: Any) -> None:
         writing.set()
         time.sleep(0.5)
-        plain(self, row)
+        plain(self, sample, rows)
 
     monkeypatch.setattr(JsonLinesWriter, "write", blocking)
 
     async def go() -> tuple[float, float]:
         async with engine:
             task = asyncio.create_task(place.runner(engine).run_all([shard]))
-            await asyncio.to_thread(writing.wait)
+            assert await asyncio.to_thread(writing.wait, 30)
             await asyncio.sleep(0.1)
             task.cancel()
             at = time.monotonic()
@@ -257,14 +192,14 @@ def test_cancelling_stops_the_sending_also_while_a_write_blocks(place, monkeypat
     cancelled_at, ended_at = asyncio.run(go())
     assert max(engine.sent_at) <= cancelled_at
     assert ended_at - cancelled_at < 5
-    assert place.files() == set()
+    assert place.committed_files() == set()
 
 
 def test_a_commit_that_fails_is_noticed_while_the_next_shard_is_read(place, monkeypatch):
     def full_disk(self: Any, *args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard_run, "save_manifest", full_disk)
+    monkeypatch.setattr(shard_ledger, "save_manifest", full_disk)
     engine = ScriptedEngine(delay=lambda about: 0.05, concurrency=4)
     shards = [
         place.shard("a.jsonl", [{"text": "x"}]),
@@ -290,7 +225,7 @@ def test_dead_letters_of_an_attempt_that_never_committed_do_not_stay(place, monk
 
     shard = place.shard("a.jsonl", [{"text": "one"}])
     with monkeypatch.context() as patch:
-        patch.setattr(shard_run, "save_manifest", lambda *args: 1 / 0)
+        patch.setattr(shard_ledger, "save_manifest", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             place.run(ScriptedEngine(fail), shard)
     assert len(place.errors()) == 1
@@ -347,7 +282,7 @@ def test_a_run_that_does_not_add_up_raises_and_commits_nothing(place, monkeypatc
     monkeypatch.setattr(Counts, "add", forgetful)
     with pytest.raises(UnaccountedError):
         place.run(ScriptedEngine(), place.shard("a.jsonl", [{"text": f"t{i}"} for i in range(10)]))
-    assert place.files() == set()
+    assert place.committed_files() == set()
 
 
 def test_a_shard_replaced_while_it_is_read_is_not_committed(place):
@@ -363,7 +298,7 @@ def test_a_shard_replaced_while_it_is_read_is_not_committed(place):
 
     with pytest.raises(ShardError, match="replaced or deleted while"):
         asyncio.run(go())
-    assert place.files() == set()
+    assert place.committed_files() == set()
 
 
 def test_a_shard_that_cannot_be_read_fails_alone_and_is_named(place):
@@ -374,7 +309,7 @@ def test_a_shard_that_cannot_be_read_fails_alone_and_is_named(place):
     with pytest.raises(ShardError, match=r"1 of 3 shards .*/in/b\.jsonl\.gz"):
         place.run(ScriptedEngine(), *shards)
     assert {"a.jsonl", "c.jsonl"} <= place.files()
-    assert not [name for name in place.files() if "b.jsonl.gz" in name]
+    assert not [name for name in place.committed_files() if "b.jsonl.gz" in name]
 
 
 def test_an_empty_shard_is_committed_empty(place):

@@ -60,7 +60,7 @@ def test_a_manifest_survives_the_disk_and_has_every_agreed_field():
         *("rows_in", "rows_out", "ok", "cached", "skipped", "failed", "requests", "prompt_tokens"),
         *("completion_tokens", "cost_usd", "model", "fingerprint", "input", "output", "errors"),
         *("started_at", "finished_at", "provider_version", "dag_id", "run_id", "task_id", "map_index"),
-        "try_number",
+        *("try_number", "parameters", "kinds", "journal", "media"),
     }
 
 

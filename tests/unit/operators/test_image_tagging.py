@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowFailException
@@ -10,6 +12,8 @@ from airflow_vlm_provider.hooks.vlm import VLMHook
 from airflow_vlm_provider.operators.destination import check_destination
 from airflow_vlm_provider.operators.engines import make_engine
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
+
+CONTEXT: Any = {"ti": SimpleNamespace(dag_id="d", run_id="r", task_id="t", map_index=-1, try_number=1)}
 
 
 def operator(**given) -> ImageTaggingVLMOperator:
@@ -94,7 +98,7 @@ def test_a_single_shard_is_not_replaced_by_its_own_output(tmp_path, monkeypatch)
     monkeypatch.setenv("AIRFLOW_CONN_VLM_DEFAULT", json.dumps({"conn_type": "vlm", "host": "h"}))
     task = operator(source=str(tmp_path / "a.jsonl"), destination=str(tmp_path))
     with pytest.raises(AirflowFailException, match="replaced by their own output"):
-        task.execute({})
+        task.execute(CONTEXT)
     assert (tmp_path / "a.jsonl").read_text() == "{}\n"
 
 
@@ -109,7 +113,7 @@ def test_a_single_shard_is_not_replaced_by_its_own_output(tmp_path, monkeypatch)
 def test_a_source_without_the_shards_fails_without_retries(tmp_path, source, given, words):
     task = operator(source=str(tmp_path / source), destination=str(tmp_path.parent / "out"), **given)
     with pytest.raises(AirflowFailException, match=words):
-        task.execute({})
+        task.execute(CONTEXT)
 
 
 def connect(monkeypatch, **fields) -> VLMHook:
