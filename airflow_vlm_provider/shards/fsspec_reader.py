@@ -63,6 +63,12 @@ class VersionReader(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def readall(self) -> bytes:
+        # Python's own asks for a few kilobytes at a time.
+        data = bytearray(max(self._version.size - self._position, 0))
+        self.readinto(data)
+        return bytes(data)
+
     def readinto(self, buffer: WriteableBuffer) -> int:
         if self.closed:
             raise ValueError(f"{self._uri} was read after it was closed.")

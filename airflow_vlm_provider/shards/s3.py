@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from airflow_vlm_provider.shards.s3_errors import BrokenResponseError, s3_errors
 from airflow_vlm_provider.shards.s3_random_access import RandomAccessReader
-from airflow_vlm_provider.shards.s3_reader import ResumingReader, entity
+from airflow_vlm_provider.shards.s3_reader import Entity, ResumingReader, again_when_broken, ask_for_entity
 from airflow_vlm_provider.shards.stores import (
     InvalidNameError,
     ObjectInfo,
@@ -73,10 +73,7 @@ class S3Store:
                 after = _past_hidden_folder(entries[-1]["Key"], below)
 
     def stat(self, name: str) -> ObjectInfo:
-        key, client = self._key(name), self._s3()
-        with s3_errors(self.uri + name):
-            head = client.head_object(Bucket=self._bucket, Key=key)
-        return _object_info(name, *entity(head, self.uri + name))
+        return _object_info(name, *self._head(name))
 
     def stat_many(self, names: Iterable[str]) -> Iterator[tuple[str, ObjectInfo | None]]:
         page: dict[str, dict[str, Any]] = {}
@@ -98,11 +95,9 @@ class S3Store:
         return self._buffered(self._reader(name))
 
     def open_seekable(self, name: str) -> BinaryIO:
-        key, client, uri = self._key(name), self._s3(), self.uri + name
-        with s3_errors(uri):
-            version = entity(client.head_object(Bucket=self._bucket, Key=key), uri)
-        get_object = partial(client.get_object, Bucket=self._bucket, Key=key)
-        return cast("BinaryIO", RandomAccessReader(get_object, uri=uri, version=version))
+        version = self._head(name)
+        get_object = partial(self._s3().get_object, Bucket=self._bucket, Key=self._key(name))
+        return cast("BinaryIO", RandomAccessReader(get_object, uri=self.uri + name, version=version))
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
         return self.fetch(name, max_bytes=max_bytes)[0]
@@ -142,11 +137,17 @@ class S3Store:
         """Return the first page of a prefix's keys after a given one, and whether there are more."""
         uri = f"s3://{self._bucket}/{prefix}"
         position = {"StartAfter": after} if after else {}
-        with s3_errors(uri):
-            page = self._s3().list_objects_v2(Bucket=self._bucket, Prefix=prefix, **position)
-        # boto3 takes a response without a body, whose head was cut off, for an empty listing.
-        if "IsTruncated" not in page:
-            raise BrokenResponseError(f"{uri}: the connection broke off while S3 listed it.")
+        ask = partial(self._s3().list_objects_v2, Bucket=self._bucket, Prefix=prefix, **position)
+
+        def listed() -> dict[str, Any]:
+            with s3_errors(uri):
+                page: dict[str, Any] = ask()
+            # boto3 takes a response without a body, whose head was cut off, for an empty listing.
+            if "IsTruncated" not in page:
+                raise BrokenResponseError(f"{uri}: the connection broke off while S3 listed it.")
+            return page
+
+        page = again_when_broken()(listed)
         entries: Sequence[dict[str, Any]] = page.get("Contents", ())
         # S3 lists keys in the order of their UTF-8 bytes, which is that of Python's strings. Directory buckets don't.
         keys = [after, *(entry["Key"] for entry in entries)]
@@ -165,6 +166,11 @@ class S3Store:
                 f"{self.uri + name} cannot be an object: its key has over {MAX_KEY_BYTES} bytes."
             )
         return key
+
+    def _head(self, name: str) -> Entity:
+        key, client = self._key(name), self._s3()
+        head_object = partial(client.head_object, Bucket=self._bucket, Key=key)
+        return ask_for_entity(head_object, self.uri + name)[1]
 
     def _reader(self, name: str) -> ResumingReader:
         key = self._key(name)

@@ -12,9 +12,6 @@ from airflow_vlm_provider.shards.s3_reader import Entity, ResumingReader
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# So much of a body is in memory beside the buffer that it is read into.
-CHUNK_BYTES = 4 * 1024 * 1024
-
 
 class RandomAccessReader(io.RawIOBase):
     """The bytes of one version of an object, at any place.
@@ -54,6 +51,12 @@ class RandomAccessReader(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
+    def readall(self) -> bytes:
+        # Python's own asks for a few kilobytes at a time.
+        data = bytearray(max(self._version.size - self._position, 0))
+        self.readinto(data)
+        return bytes(data)
+
     def readinto(self, buffer: WriteableBuffer) -> int:
         if self.closed:
             raise ValueError(f"{self._uri} was read after it was closed.")
@@ -66,6 +69,5 @@ class RandomAccessReader(io.RawIOBase):
             self._get_object, uri=self._uri, version=self._version, start=start, stop=stop
         ) as part:
             while self._position < stop:
-                done = self._position - start
-                self._position += part.readinto(view[done : min(done + CHUNK_BYTES, stop - start)])
+                self._position += part.readinto(view[self._position - start :])
         return stop - start

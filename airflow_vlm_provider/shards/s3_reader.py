@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 6
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 10.0
+# What has arrived of so much is lost when the connection breaks.
+CHUNK_BYTES = 1024 * 1024
 
 
 class Entity(NamedTuple):
@@ -62,20 +64,12 @@ class ResumingReader(io.RawIOBase):
         self._uri = uri
         self._body: Any = None
         if version is None:
-            with s3_errors(uri):
-                response = get_object()
+            response, version = ask_for_entity(get_object, uri)
             self._body = response["Body"]
-            version = entity(response, uri)
         self.entity = version
         self._position = start
         self._stop = version.size if stop is None else stop
-        self._retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(BrokenResponseError),
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
-            before_sleep=self._log_break,
-            reraise=True,
-        )
+        self._retrying = again_when_broken(lambda: f"reading goes on from byte {self._position}")
 
     @property
     def name(self) -> str:
@@ -86,7 +80,7 @@ class ResumingReader(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = min(len(view), self._stop - self._position)
+        wanted = min(len(view), self._stop - self._position, CHUNK_BYTES)
         if wanted == 0:
             return 0
         data: bytes = self._retrying(self._read, wanted)
@@ -141,11 +135,39 @@ class ResumingReader(io.RawIOBase):
         if body is not None:
             body.close()
 
-    def _log_break(self, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        log.warning(
-            "%s: reading goes on from byte %d of %d: %s", self._uri, self._position, self.entity.size, error
-        )
+
+def again_when_broken(what: Callable[[], str] = lambda: "asking again") -> tenacity.Retrying:
+    """
+    Ask again when a response does not arrive whole, as boto3 does when a request fails altogether.
+
+    :param what: Says what is done then, for the log.
+    """
+
+    def log_break(state: tenacity.RetryCallState) -> None:
+        log.warning("%s: %s", state.outcome.exception() if state.outcome else None, what())
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(BrokenResponseError),
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+        before_sleep=log_break,
+        reraise=True,
+    )
+
+
+def ask_for_entity(ask: Callable[[], dict[str, Any]], uri: str) -> tuple[dict[str, Any], Entity]:
+    """
+    Return the response to ``head_object`` or ``get_object``, and what its head tells.
+
+    :param ask: The one or the other, bound to bucket and key.
+    """
+
+    def once() -> tuple[dict[str, Any], Entity]:
+        with s3_errors(uri):
+            response = ask()
+        return response, entity(response, uri)
+
+    return again_when_broken()(once)
 
 
 def entity(response: dict[str, Any], uri: str) -> Entity:
