@@ -71,15 +71,8 @@ class Answers:
         :raises PermissionError: access to a destination is denied.
         :raises ConnectionError: a destination can't be reached.
         """
-        loads = [self._load_own, *(index.load for index in self._indexes[1:])]
+        loads = [self.index.merge, *(index.load for index in self._indexes[1:])]
         await asyncio.gather(*(self._in_thread(load) for load in loads))
-
-    def _load_own(self) -> None:
-        try:
-            self.index.merge()
-        except (VLMError, OSError) as error:
-            log.warning("The index of answers could not be merged, which only costs time: %s", error)
-            self.index.load()
 
     def put(self, lines: Iterable[bytes]) -> None:
         """Make answers known, given as lines of the journal. For any thread.

@@ -84,7 +84,7 @@ class CommitIndex:
         return _union(self._index.load())
 
     def merge(self, max_files: int = MAX_FILES) -> Commits:
-        """As :meth:`load`; files are merged when there are more than ``max_files``."""
+        """As :meth:`load`; when there are more files than ``max_files``, they are merged if that is possible."""
         return _union(self._index.merge(max_files=max_files))
 
 

@@ -11,6 +11,7 @@ Invariants:
   never deleted. Mergers of the same files write the same file, so that many at once don't multiply the index.
 - Only files of similar size are merged, so that what is large is not written again for every little that is added,
   and the number of files grows with the logarithm of the index.
+- Merging is no duty: where it fails, the index is as good as before, and only slower to read.
 """
 
 from __future__ import annotations
@@ -87,12 +88,10 @@ class IndexFiles(Generic[T]):
             if len(mine) <= MAX_FILES:
                 self._added, mine = mine, {}
         if mine:
-            try:
-                mine = self._merge_similar(mine, self._union)
-            except (VLMError, OSError) as error:
-                log.warning("Files of %s%s could not be merged: %s", self._uri, self._folder, error)
+            mine = self._merge_similar(mine, self._union)
             with self._lock:
-                self._added.update(mine)
+                # What could not be merged is not tried again with every file that is added.
+                self._added.update(mine if len(mine) <= MAX_FILES else {})
 
     def load(self) -> list[T]:
         """Read the whole index: the contents of all sound files.
@@ -114,6 +113,8 @@ class IndexFiles(Generic[T]):
         :param union: Used instead of the index's own, to leave something out.
         :param rewrite: Tells which contents go through ``union`` in any case.
         :return: The contents of the files that there are then.
+        :raises PermissionError: access is denied; not for a merge that fails, which is only logged.
+        :raises ConnectionError: the storage can't be reached; likewise.
         """
         union = union or self._union
         files = self._read()
@@ -130,14 +131,26 @@ class IndexFiles(Generic[T]):
         self, files: Mapping[str, _File[T]], union: Callable[[Sequence[T]], T]
     ) -> dict[str, _File[T]]:
         left = dict(files)
-        for names in similar({name: file.size for name, file in files.items()}):
-            left.update(self._replace({name: left.pop(name) for name in names}, union))
+        try:
+            for names in similar({name: file.size for name, file in files.items()}):
+                merged = self._replace({name: files[name] for name in names}, union)
+                for name in names:
+                    del left[name]
+                left.update(merged)
+        except (VLMError, OSError) as error:
+            log.warning(
+                "The files of %s could not be merged, which only costs time: %s",
+                self._root + self._folder,
+                error,
+            )
         return left
 
     def _replace(
         self, files: Mapping[str, _File[T]], union: Callable[[Sequence[T]], T]
     ) -> dict[str, _File[T]]:
         """Create one file of several, and delete these."""
+        # Where deleting is denied, merging would only add to the files: better to know it before.
+        self._files.delete(f"{self._folder}/nothing")
         content = union([file.content for file in files.values()])
         # A time of its own would make every merger's file another; and in order, it is listed after those merged.
         latest = max(int(match["time"]) for match in map(self._match, files) if match)
@@ -171,7 +184,7 @@ class IndexFiles(Generic[T]):
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, VLMError) as error:
-            log.warning("%s%s is left out: %s. What it holds may be asked for again.", self._uri, name, error)
+            log.warning("%s%s is left out of the index: %s", self._root, name, error)
             return None
 
     def _match(self, name: str) -> re.Match[str] | None:
@@ -182,7 +195,7 @@ class IndexFiles(Generic[T]):
             return list(threads.map(function, names))
 
     @property
-    def _uri(self) -> str:
+    def _root(self) -> str:
         return getattr(self._files, "uri", "")
 
 

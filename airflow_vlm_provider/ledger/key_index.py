@@ -140,7 +140,9 @@ class KeyIndex:
     def merge(self, max_files: int = MAX_FILES, *, gone: Collection[str] = ()) -> None:
         """Read the index, and merge its files when there are more than ``max_files``.
 
-        :param gone: Segments that were deleted; what names them is taken out.
+        That they can't be merged is only logged; otherwise this raises what :meth:`load` does.
+
+        :param gone: Segments that were deleted; what names them is taken out, and it is an error if that fails.
         """
         out = frozenset(gone)
         self._know(

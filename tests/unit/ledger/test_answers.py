@@ -182,8 +182,11 @@ def test_a_segment_that_is_gone_is_looked_for_once_and_the_next_one_answers(capl
         asyncio.run(main())
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: data + data])
-def test_a_torn_segment_is_reported_once_and_the_next_one_answers(damage, caplog):
+def test_a_torn_segment_is_reported_once_and_the_next_one_answers(damage, large, caplog, monkeypatch):
+    monkeypatch.setattr(module, "LARGE_BYTES", 0 if large else 10**6)
+
     async def main() -> None:
         files = CountedFiles()
         here = journal(files, "a.jsonl", [line(1)], second=1)

@@ -247,7 +247,8 @@ from airflow_vlm_provider.shards.local import LocalStore
 
 class DiesDeleting(LocalStore):
     def delete(self, name):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if any(info.name == name for info in self.list({FOLDER!r})):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 KeyIndex(DiesDeleting(root={str(tmp_path)!r}), step={STEP!r}).merge()
 """
@@ -428,17 +429,48 @@ def test_one_writers_many_files_become_few_without_anybody_merging():
         assert all(each.find(key(number)) == [segment(number, number)] for number in range(500))
 
 
-def test_an_add_does_not_fail_because_its_merge_does(caplog):
-    class Keeping(MemoryFiles):
-        def delete(self, name: str) -> None:
-            raise PermissionError(name)
+class Keeping(MemoryFiles):
+    """Deleting is denied."""
 
+    def delete(self, name: str) -> None:
+        raise PermissionError(name)
+
+
+def test_where_deleting_is_denied_the_index_grows_by_what_is_added_and_by_nothing_else(caplog):
     files = Keeping()
     writer = index(files)
-    for number in range(2 * MAX_FILES):
+    for number in range(3 * MAX_FILES):
         writer.add(segment(number, number), [key(number)])
+        merger = index(files)
+        merger.merge()
+        assert merger.find(key(number)) == [segment(number, number)]
+    assert len(files.files) == 3 * MAX_FILES
     assert "could not be merged" in caplog.text
-    assert all(loaded(files).find(key(number)) for number in range(2 * MAX_FILES))
+    with pytest.raises(PermissionError):
+        index(files).merge(gone={segment(1, 1)})
+
+
+def test_files_that_cannot_be_merged_are_not_tried_again_with_every_one_that_is_added(caplog):
+    writer = index(Keeping())
+    for number in range(4 * MAX_FILES):
+        writer.add(segment(number, number), [key(number)])
+    assert len(caplog.records) == 3
+
+
+def test_a_merge_that_cannot_delete_in_the_end_loses_nothing():
+    class Interrupted(MemoryFiles):
+        def delete(self, name: str) -> None:
+            if name in self.files:
+                raise ConnectionError(name)
+
+    files = Interrupted()
+    for number in range(20):
+        index(files).add(segment(number, number), [key(number)])
+    merger = index(files)
+    merger.merge()
+    assert len(files.files) == 21
+    for reader in (merger, loaded(files)):
+        assert all(reader.find(key(number)) == [segment(number, number)] for number in range(20))
 
 
 def test_an_index_of_many_files_that_must_not_be_merged_is_searched_in_few_tables():
