@@ -55,7 +55,7 @@ class ParquetOutput:
         """Write a row group."""
         import pyarrow as pa
 
-        table = pa.Table.from_arrays(list(columns), schema=self._schema).unify_dictionaries()
+        table = pa.Table.from_arrays(list(columns), schema=self._schema)
         self._begun().write_table(table, row_group_size=max(1, table.num_rows))
 
     def _begun(self) -> Any:

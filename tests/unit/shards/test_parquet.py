@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime
 import io
 import random
+import tracemalloc
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
@@ -233,27 +234,30 @@ def test_whether_a_shard_embeds_media_is_told_by_its_content(column: pa.Array, e
 def pictures(count: int, size: int, **options: Any) -> bytes:
     random.seed(count)
     files = [{"bytes": random.randbytes(size), "path": f"{index}.jpg"} for index in range(count)]
-    table = pa.table({"id": range(count), "image": pa.array(files, FILE), "text": ["text"] * count})
+    texts = [random.randbytes(size // 100).hex() for _ in range(count)]
+    table = pa.table({"id": range(count), "image": pa.array(files, FILE), "text": texts})
     return parquet(table, **options)
-
-
-def peak_of_arrow(stream: BinaryIO) -> int:
-    before = pa.total_allocated_bytes()
-    peak = rows = 0
-    with opened(stream) as reader:
-        for sample in reader:
-            rows += len(sample.embedded)
-            peak = max(peak, pa.total_allocated_bytes() - before)
-    assert rows == 480
-    return peak
 
 
 @pytest.mark.parametrize("rows_in_group", [480, 100])
 def test_a_row_group_is_not_held_nor_read_piece_by_piece_nor_twice(rows_in_group: int) -> None:
     shard = pictures(480, 100_000, row_group_size=rows_in_group, write_batch_size=4)
     disk = Disk(shard)
-    assert peak_of_arrow(cast("BinaryIO", disk)) < 10 * 2**20 < len(shard) / 4
-    assert sum(count for _, count in disk.reads) < 1.1 * len(shard)
+    before = pa.total_allocated_bytes()
+    peak = 0
+    tracemalloc.start()
+    try:
+        with opened(cast("BinaryIO", disk)) as reader:
+            for sample in reader:
+                assert len(sample.embedded) == 1
+                peak = max(peak, pa.total_allocated_bytes() - before)
+        _, peak_of_python = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sample.index == 479
+    assert peak < 10 * 2**20
+    assert peak_of_python < 26 * 2**20 < len(shard) / 1.5
+    assert sum(count for _, count in disk.reads) < 1.03 * len(shard)
     assert len(disk.reads) < 30
     assert max(count for _, count in disk.reads) <= 4 * 2**20
 

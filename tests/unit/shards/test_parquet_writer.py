@@ -234,6 +234,27 @@ def test_rows_are_dropped_and_multiplied_in_place() -> None:
     assert table_of(rewritten(shard, CAPTION, lambda sample: [])).num_rows == 0
 
 
+def test_changed_and_unchanged_values_of_one_column_keep_their_order() -> None:
+    shard = parquet({"text": ["a", "b", "c"]})
+    again = rewritten(shard, {}, lambda sample: [sample.row or {}, {"text": f"{sample.index}"}])
+    assert table_of(again).column("text").to_pylist() == ["a", "0", "b", "1", "c", "2"]
+
+
+def test_a_dictionarys_column_takes_new_values_among_many_batches() -> None:
+    values = [f"v{index % 24}" for index in range(5000)]
+    shard = parquet({"tag": pa.array(values).dictionary_encode()})
+    again = rewritten(
+        shard,
+        {"tag": {"type": "string"}},
+        lambda sample: None if sample.index % 7 else [with_field(sample, "tag", f"new {sample.index}")],
+    )
+    column = table_of(again).column("tag")
+    assert pa.types.is_dictionary(column.type)
+    assert column.to_pylist() == [
+        value if index % 7 else f"new {index}" for index, value in enumerate(values)
+    ]
+
+
 def test_what_a_row_shares_with_the_sample_is_written_as_it_stood() -> None:
     nan = np.frombuffer(b"\x01\0\0\0\0\0\xf8\x7f", np.float64)
     no_text = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
