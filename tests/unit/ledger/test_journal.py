@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, BinaryIO
 
 import pytest
@@ -17,6 +18,7 @@ from airflow_vlm_provider.ledger.segments import read_segment
 from airflow_vlm_provider.shards.stores import ObjectChangedError, StoreError
 from tests.support.journals import (
     FOLDER,
+    NOON,
     SHARD,
     STEP,
     commit,
@@ -383,6 +385,44 @@ def test_a_segment_that_another_attempt_replaces_is_found_in_its_new_place(error
     assert made.torn == []
     assert caplog.records == []
     assert set(stored(files)) == set(lines)
+
+
+def test_a_torn_segment_is_told_once_though_the_journal_is_listed_again(caplog):
+    class Late(MemoryFiles):
+        """Says of each segment once that it is not there."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked: set[str] = set()
+
+        def read(self, name: str, *, max_bytes: int) -> bytes:
+            if name != torn and name not in self.asked:
+                self.asked.add(name)
+                raise FileNotFoundError(name)
+            return super().read(name, max_bytes=max_bytes)
+
+    files, lines, torn = Late(), records(20), f"{FOLDER}/{segments.segment_name(NOON, '00000000', 1)}"
+    files.put(torn, b"garbage")
+    written(files, lines, answers=8, committed=False)
+    made, found = asyncio.run(loaded(files))
+    assert set(found) == set(lines)
+    assert len(made.torn) == len(caplog.records) == 1
+
+
+def test_attempts_never_share_a_name(monkeypatch):
+    """Not even those that write at the same moment."""
+    monkeypatch.setattr(journal_module, "datetime", Frozen)
+    files, lines = MemoryFiles(), records(40)
+    for line in lines:
+        written(files, [line], committed=False)
+    assert len(names(files)) == 40
+    assert stored(files) == sorted(lines)
+
+
+class Frozen(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return NOON
 
 
 def test_a_listing_that_stays_stale_is_told_and_not_fatal(caplog, monkeypatch):

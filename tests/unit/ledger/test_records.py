@@ -18,8 +18,10 @@ ANSWER = Answer((Choice("a cat\n", "length"), Choice("")), "m", Usage(2, 30, 4))
 
 keys = st.text("0123456789abcdef", min_size=32, max_size=32)
 # Everything but both halves of a surrogate pair beside each other, which are one character to JSON.
-texts = st.text(st.characters(exclude_categories=[])).filter(
-    lambda text: text == text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+texts = (
+    st.lists(st.text(max_size=5) | st.characters(categories=["Cs"]), max_size=5)
+    .map("".join)
+    .filter(lambda text: text == text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"))
 )
 answers = st.builds(
     Answer,

@@ -72,6 +72,13 @@ def test_many_lines_come_in_parts_and_of_them_none_is_lost_or_doubled():
     assert [line for batch in batches for line in batch] == lines == read_segment(data)
 
 
+@pytest.mark.parametrize("count", [1023, 1024, 1025, 3000])
+def test_the_end_is_no_record_wherever_a_part_ends(count):
+    # So alike that they unfold in one piece.
+    lines = LINES[:1] * count
+    assert read_segment(segment(lines)) == lines
+
+
 def test_a_segment_is_read_by_tools_that_know_zstandard_and_json_lines():
     with pyarrow.CompressedInputStream(pyarrow.BufferReader(WHOLE), "zstd") as stream:
         objects = [json.loads(line) for line in stream.read().splitlines()]

@@ -217,11 +217,13 @@ def test_after_a_failure_everybody_is_told_and_closing_tries_once_more():
     assert storage.durable == lines(8)
 
 
-def test_closing_does_not_wait_longer_than_it_may_and_says_what_was_given_up():
+@pytest.mark.parametrize("answers", [1, 512])
+def test_closing_does_not_wait_longer_than_it_may_and_says_what_was_given_up(answers):
+    """Whether the writing has begun already or not."""
     storage = Storage(100.0)
 
     async def go() -> tuple[str | None, float, int]:
-        writer = storage.writer()
+        writer = storage.writer(answers=answers)
         await writer.append(line(0))
         reason = await writer.close(seconds=2)
         return reason, now(), writer.waiting
@@ -233,7 +235,7 @@ def test_closing_does_not_wait_longer_than_it_may_and_says_what_was_given_up():
 
 
 def test_closing_after_a_store_that_stays_away_gives_its_error():
-    storage = Storage(errors=[OSError("no route"), OSError("no route")])
+    storage = Storage(errors=[OSError("no route"), OSError("no route still")])
 
     async def go() -> str | None:
         writer = storage.writer()
@@ -242,8 +244,21 @@ def test_closing_after_a_store_that_stays_away_gives_its_error():
             await writer.flush()
         return await writer.close(seconds=2)
 
+    # The first error is what everything else came from.
     assert run_in_virtual_time(go()) == "OSError: no route"
     assert len(storage.failures) == 1
+
+
+def test_a_failure_that_comes_at_the_end_stops_nobody_any_more():
+    storage = Storage(errors=[OSError("no route")])
+
+    async def go() -> str | None:
+        writer = storage.writer()
+        await writer.append(line(0))
+        return await writer.close(seconds=2)
+
+    assert run_in_virtual_time(go()) == "OSError: no route"
+    assert storage.failures == []
 
 
 def test_closing_waits_for_what_is_written_and_writes_the_rest():
@@ -325,17 +340,19 @@ def test_what_is_appended_after_the_end_is_refused():
     assert storage.written == []
 
 
-def test_a_timer_does_not_fire_after_the_end():
-    storage = Storage(errors=[OSError("away"), OSError("away")])
+def test_no_timer_outlives_the_end():
+    storage = Storage(100.0)
 
-    async def go() -> None:
-        writer = storage.writer(seconds=5)
-        await writer.append(line(0))
+    async def go() -> list[Any]:
+        writer = storage.writer(answers=2, seconds=5)
+        for each in lines(2):
+            await writer.append(each)
+        timer = writer._timer
+        assert timer is not None
         await writer.close(seconds=1)
-        await asyncio.sleep(60)
+        return [timer.cancelled(), writer._timer]
 
-    run_in_virtual_time(go())
-    assert len(storage.began) == 1
+    assert run_in_virtual_time(go()) == [True, None]
 
 
 @pytest.mark.parametrize(
