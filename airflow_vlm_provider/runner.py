@@ -165,7 +165,7 @@ class ShardRunner:
         :param record: Name of the record of its media, below its ledger folder.
         """
         name = f"{ledger_folder(shard, self.step.name)}/{record}"
-        memory = MediaMemory.read(self.destination, name, self.media.parameters())
+        memory = MediaMemory.read(self.destination, name, self.media.memory_parameters())
         try:
             return memory.verify(self.media.identities)
         finally:

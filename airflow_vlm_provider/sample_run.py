@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_vlm_provider.errors import LASTING_KINDS, SampleError, ShardError, TransientError, VLMError
 from airflow_vlm_provider.ledger.dead_letters import NotTriedAgainError
-from airflow_vlm_provider.types import Answer, MediaRef, Outcome, Request, Result, Sample, SourceMedia, Usage
+from airflow_vlm_provider.types import (
+    Answer,
+    MediaRef,
+    Outcome,
+    Request,
+    Result,
+    Sample,
+    SourceMedia,
+    Status,
+    Usage,
+)
 
 if TYPE_CHECKING:
     from airflow_vlm_provider.answering import Answering
@@ -101,19 +111,21 @@ class SampleRunner:
         except StopIteration as stop:
             result: Result = stop.value
         except SampleError as error:
-            return Outcome(sample, "failed", error=error, usage=asked.usage, keys=tuple(asked.keys))
+            return Outcome(
+                sample, "failed", error=error, usage=asked.usage, keys=asked.keys_about(error.media)
+            )
         except (VLMError, MemoryError, OSError):
             raise
         except Exception as error:
             log.exception("Row %s of %s broke the step %s", sample.index, self.shard, self.step.name)
             message = f"{type(error).__name__} in the step itself; the task log has the traceback"
             failure = SampleError("internal", message)
-            return Outcome(sample, "failed", error=failure, usage=asked.usage, keys=tuple(asked.keys))
+            return Outcome(sample, "failed", error=failure, usage=asked.usage, keys=asked.keys_about(None))
         finally:
             run.close()
         if result.skipped:
             return Outcome(sample, "skipped")
-        status = "cached" if asked.keys and not asked.fresh else "ok"
+        status: Status = "cached" if asked.requests and not asked.fresh else "ok"
         return Outcome(sample, status, rows=result.rows, usage=asked.usage)
 
     async def _settle_all(
@@ -141,7 +153,7 @@ class SampleRunner:
             try:
                 if not loading.recall():
                     await self._in_thread(loading.load)
-                asked.keys.append(loading.key)
+                asked.requests.append((loading.key, request))
 
                 async def ready() -> Request:
                     if loading.ready is None:
@@ -176,9 +188,18 @@ class _Asked:
     """
 
     ask: bool
-    keys: list[str] = dataclasses.field(default_factory=list)
+    requests: list[tuple[str, Request]] = dataclasses.field(default_factory=list)
     usage: Usage = dataclasses.field(default_factory=Usage)
     fresh: bool = False
+
+    def keys_about(self, media: str | None) -> tuple[str, ...]:
+        """The keys of the requests about one medium; of all, where it is about none in particular."""
+        about = [
+            key
+            for key, request in self.requests
+            if any(isinstance(part, MediaRef) and part.ref == media for part in request.parts)
+        ]
+        return tuple(dict.fromkeys(about or [key for key, _ in self.requests]))
 
 
 class _Loading:
@@ -201,7 +222,7 @@ class _Loading:
         :raises SampleError: it is remembered that one of them can't be loaded.
         """
         for ref in self._refs:
-            if ref.ref in self._sample.embedded:
+            if not isinstance(ref.ref, str) or ref.ref in self._sample.embedded:
                 return False
             found = self._runner.remembered.recall(ref.ref)
             if found is None:
@@ -218,7 +239,7 @@ class _Loading:
         :raises SampleError: one of the media can't be loaded.
         """
         for ref in self._refs:
-            if ref not in self._recalled:
+            if not isinstance(ref.ref, str) or ref not in self._recalled:
                 self._fetch(ref)
         self._make_key()
         if not self._runner.answering.knows(self.key):
@@ -240,7 +261,7 @@ class _Loading:
     def record(self) -> None:
         """Note for the next run what media there were."""
         for ref in self._refs:
-            if ref.ref in self._sample.embedded:
+            if not isinstance(ref.ref, str) or ref.ref in self._sample.embedded:
                 continue
             if self._failed is not None and self._failed[0] == ref:
                 error = self._failed[1]

@@ -67,7 +67,7 @@ class ShardLedger:
             in_thread=in_thread,
             on_failure=on_failure,
         )
-        self.recorder = MediaRecorder(job.media.parameters())
+        self.recorder = MediaRecorder(job.media.memory_parameters())
 
     async def open(self) -> None:
         """Read what earlier runs left of the shard: answers, dead letters, media."""
@@ -88,7 +88,7 @@ class ShardLedger:
         if self._before is not None and self._before.media is not None:
             folder = ledger_folder(shard, step)
             self.remembered = MediaMemory.read(
-                job.destination, f"{folder}/{self._before.media}", job.media.parameters()
+                job.destination, f"{folder}/{self._before.media}", job.media.memory_parameters()
             )
             if job.trust_media:
                 self.remembered.trust()

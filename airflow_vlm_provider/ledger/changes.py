@@ -45,7 +45,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, asking: Iterab
     decisive |= {
         ("media", name) for each in (before, now) for name in each.get("media", {}) if name != "roots"
     }
-    asked, other = [], []
+    asked: list[str] = []
+    other: list[str] = []
     for group in ("step", "engine", "media", "output"):
         old, new = before.get(group) or {}, now.get(group) or {}
         for name in sorted({*old, *new}):

@@ -130,6 +130,9 @@ class FakeMedia:
     def answering_parameters(self) -> Mapping[str, Any]:
         return {"max_pixels": None}
 
+    def memory_parameters(self) -> Mapping[str, Any]:
+        return self.parameters()
+
     def fetch(self, ref: MediaRef, *, shard: str, embedded: Mapping[str, bytes]) -> SourceMedia:
         if ref.ref in embedded:
             data = embedded[ref.ref]

@@ -42,6 +42,10 @@ class Task:
         """Wait for its end; returns the exit status, negative for a signal's number."""
         return int(self.server.call({"wait": self.pid})["status"])
 
+    def ended(self) -> bool:
+        """Whether it has ended; :meth:`wait` still tells how."""
+        return bool(self.server.call({"poll": self.pid})["ended"])
+
     def returned(self) -> dict[str, Any]:
         """What ``execute`` returned; only after an exit status of 0."""
         return json.loads(self.result.read_text())
@@ -125,6 +129,7 @@ def _serve() -> None:
     for module in ("operators.runners", "runner", "operators.image_tagging", "operators.redrive"):
         importlib.import_module(f"airflow_vlm_provider.{module}")
 
+    ended: dict[int, int] = {}
     for line in sys.stdin:
         command = json.loads(line)
         if "start" in command:
@@ -132,8 +137,16 @@ def _serve() -> None:
             if not pid:
                 _run_task(command["start"])
             reply: dict[str, Any] = {"pid": pid}
+        elif "poll" in command:
+            pid = command["poll"]
+            found, status = os.waitpid(pid, os.WNOHANG) if pid not in ended else (pid, ended[pid])
+            if found:
+                ended[pid] = status
+            reply = {"ended": bool(found)}
         elif "wait" in command:
-            reply = {"status": os.waitstatus_to_exitcode(os.waitpid(command["wait"], 0)[1])}
+            pid = command["wait"]
+            status = ended.pop(pid) if pid in ended else os.waitpid(pid, 0)[1]
+            reply = {"status": os.waitstatus_to_exitcode(status)}
         else:
             reply = {"ready": True}
         print(json.dumps(reply), flush=True)

@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +42,12 @@ class Round:
     """One dataset tortured until it was done.
 
     :ivar kills: How often the task was killed.
+    :ivar kills_at_work: How often after it had sent something.
     :ivar repeated: How many requests the endpoint got more than once, each time beyond the first counted.
     """
 
     kills: int = 0
+    kills_at_work: int = 0
     repeated: int = 0
 
 
@@ -104,28 +105,39 @@ def torture(
     stub: StubServer,
     parameters: dict[str, Any],
     *,
-    moment: Callable[[], float],
+    rng: random.Random,
     most_kills: int,
     stop: signal.Signals = signal.SIGKILL,
+    longest: float = 1.5,
 ) -> Round:
     """Start a task again and again, each time stopping it, until it has ended by itself before that.
 
-    :param moment: Draws how many seconds each attempt gets.
+    One time in five it is stopped at any moment from its start; else, however slow the machine, at any moment from
+    its first request.
+
     :param most_kills: After so many, the task is let alone.
+    :param longest: Most seconds that it gets.
     """
     before = sent(stub)
     done = Round()
     while True:
+        at_start = sum(sent(stub).values())
         task = tasks.start(**parameters)
         if done.kills < most_kills:
-            time.sleep(moment())
-            os.kill(task.pid, stop)
+            if rng.random() < 0.8:
+                while sum(sent(stub).values()) == at_start and not task.ended():
+                    time.sleep(0.02)
+            time.sleep(rng.uniform(0, longest))
+            if not task.ended():
+                os.kill(task.pid, stop)
+        at_end = sum(sent(stub).values())
         status = task.wait()
         if status == 0:
             break
         assert status in (-signal.SIGKILL, 1), task.said()[-4000:]
         assert status == -stop or "told to stop" in task.said(), task.said()[-4000:]
         done.kills += 1
+        done.kills_at_work += at_end > at_start
     new = {image: count - before.get(image, 0) for image, count in sent(stub).items()}
     done.repeated = sum(count - 1 for count in new.values() if count > 1)
     return done
