@@ -4,10 +4,12 @@ Invariants:
 
 - A journal segment is read at most once by a task, when one of its answers is wanted for the first time; who wants
   another one meanwhile waits for the same read.
-- Of several answers to a key, the newest counts.
+- What the task's own shards know counts before what others do. Of several answers to a key that were put, the
+  newest counts; of several segments, the newest one's.
 - What the key index names and can't be found, or is torn, is reported once and passed over. That storage can't be
   reached is an error: to go on would be to pay again.
-- Memory is bounded: answers are in a temporary file, and of the key index each answer takes 20 bytes.
+- Answers are in temporary files. In memory are 20 bytes for each that the key indexes name, and 28 for each in the
+  segments that were read.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from airflow_vlm_provider.errors import VLMError
 from airflow_vlm_provider.ledger.key_index import KeyIndex
 from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
 from airflow_vlm_provider.ledger.manifest import Files
+from airflow_vlm_provider.ledger.read_segments import ReadSegments
 from airflow_vlm_provider.ledger.records import key_of, newer
 from airflow_vlm_provider.ledger.segments import MAX_FILE_BYTES, iter_segment, read_segment
 
@@ -30,7 +33,7 @@ log = logging.getLogger(__name__)
 Segment = tuple[int, str]
 
 # So many segments are read at once: each of them is in memory meanwhile.
-READS = 4
+READS = 8
 # Larger ones are read twice, to check them first, and so need not be in memory with all their lines.
 LARGE_BYTES = 2 * 1024 * 1024
 
@@ -55,9 +58,9 @@ class Answers:
         self._files = (destination, *reuse)
         self._indexes = tuple(KeyIndex(files, step=step) for files in self._files)
         self._in_thread = in_thread
-        self._known = KeyValueFile(choose=newer)
+        self._put = KeyValueFile(choose=newer)
+        self._read = ReadSegments()
         self._reading: dict[Segment, asyncio.Task[None]] = {}
-        self._read: set[Segment] = set()
         self._reads = asyncio.Semaphore(READS)
 
     @property
@@ -79,11 +82,15 @@ class Answers:
 
         :raises OSError: the temporary file that they are kept in can't be written.
         """
-        self._known.put_many((bytes.fromhex(key_of(line)), line) for line in lines)
+        self._put.put_many((bytes.fromhex(key_of(line)), line) for line in lines)
 
     def has(self, key: str) -> bool:
-        """Whether :meth:`get` will most likely find an answer. For any thread; reads nothing."""
-        return self._known.get(bytes.fromhex(key)) is not None or any(self._unread(key))
+        """Whether :meth:`get` will most likely find an answer. For any thread; reads no segment."""
+        wanted = bytes.fromhex(key)
+        return self._put.get(wanted) is not None or any(
+            segment not in self._read or self._read.get(segment, wanted) is not None
+            for segment in self._segments(key)
+        )
 
     async def get(self, key: str) -> bytes | None:
         """The journal's line that answers a key; None when no journal that counts is known to have one.
@@ -91,17 +98,18 @@ class Answers:
         :raises OSError: the segment that has it can't be read, though it is there.
         """
         wanted = bytes.fromhex(key)
-        line = self._known.get(wanted)
+        line = self._put.get(wanted)
         if line is None:
-            for segment in self._unread(key):
-                await self._read_once(segment)
-                if (line := self._known.get(wanted)) is not None:
+            for segment in self._segments(key):
+                if segment not in self._read:
+                    await self._read_once(segment)
+                if (line := self._read.get(segment, wanted)) is not None:
                     break
         return line
 
     def known(self) -> int:
         """How many answers are at hand without another read."""
-        return len(self._known)
+        return len(self._put) + len(self._read)
 
     async def close(self) -> None:
         """Stop reading and free everything."""
@@ -109,18 +117,16 @@ class Answers:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._known.close()
+        self._put.close()
+        self._read.close()
 
-    def _unread(self, key: str) -> Iterator[Segment]:
-        """The segments that may hold a key and have not been read, the most promising first."""
+    def _segments(self, key: str) -> Iterator[Segment]:
+        """The segments that may hold a key, the most promising first."""
         for place, index in enumerate(self._indexes):
             for name in index.find(key):
-                if (place, name) not in self._read:
-                    yield place, name
+                yield place, name
 
     async def _read_once(self, segment: Segment) -> None:
-        if segment in self._read:
-            return
         task = self._reading.get(segment)
         if task is None:
             task = self._reading[segment] = asyncio.create_task(self._read_segment(segment))
@@ -131,24 +137,25 @@ class Answers:
     async def _read_segment(self, segment: Segment) -> None:
         try:
             async with self._reads:
-                await self._in_thread(lambda: self._put_segment(segment))
-            self._read.add(segment)
+                await self._in_thread(lambda: self._add(segment))
         finally:
             del self._reading[segment]
 
-    def _put_segment(self, segment: Segment) -> None:
+    def _add(self, segment: Segment) -> None:
         place, name = segment
         files = self._files[place]
         uri = getattr(files, "uri", "") + name
         try:
             data = files.read(name, max_bytes=MAX_FILE_BYTES)
-            for lines in iter_segment(data) if len(data) > LARGE_BYTES else (read_segment(data),):
-                self.put(lines)
+            large = len(data) > LARGE_BYTES
+            self._read.add(segment, iter_segment(data) if large else (read_segment(data),))
         except FileNotFoundError:
             # A commit of its shard has replaced it, and the newer one is in the index too.
             log.info("%s, which the index of answers names, is gone.", uri)
+            self._read.add(segment, ())
         except VLMError as error:
             log.warning("%s is left out: %s Answers that only it holds are asked for again.", uri, error)
+            self._read.add(segment, ())
 
 
 def _seen(task: asyncio.Task[None]) -> None:
