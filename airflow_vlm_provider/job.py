@@ -39,7 +39,8 @@ class Job:
     :param failed_only: Ask for nothing but dead letters.
     :param kinds: The kinds of dead letters that ``failed_only`` tries again; None for all.
     :param max_error_rate: Share of failed rows above which a shard's answers of no use are asked for anew.
-    :param threads: Where everything runs that blocks.
+    :param threads: Where rows and media are read.
+    :param writers: Where everything is written: what was paid for must not wait behind media that are slow to come.
     :param active: Bounds the samples that are worked on at once.
     :param loaded: Bounds the requests whose media are in memory.
     """
@@ -65,5 +66,6 @@ class Job:
     max_error_rate: float
     progress: Progress
     threads: Executor
+    writers: Executor
     active: asyncio.Semaphore
     loaded: asyncio.Semaphore

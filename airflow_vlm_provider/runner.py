@@ -204,20 +204,22 @@ class ShardRunner:
         """
         self.progress = Progress(shards=len(shards), total_bytes=sum(shard.size for shard in shards))
         threads = ThreadPoolExecutor(self._thread_count(), thread_name_prefix="vlm-io")
+        writers = ThreadPoolExecutor(2 * OPEN_SHARDS, thread_name_prefix="vlm-ledger")
         answers = Answers(
             destination=self.destination,
             reuse=self.reuse,
             step=self.step.name,
-            in_thread=partial(_in_thread, threads),
+            in_thread=partial(_in_thread, writers),
         )
         try:
             await answers.open()
-            return await self._run_all(self._job(answers, threads), shards)
+            return await self._run_all(self._job(answers, threads, writers), shards)
         finally:
             await answers.close()
-            threads.shutdown(wait=False, cancel_futures=True)
+            for each in (threads, writers):
+                each.shutdown(wait=False, cancel_futures=True)
 
-    def _job(self, answers: Answers, threads: Executor) -> Job:
+    def _job(self, answers: Answers, threads: Executor, writers: Executor) -> Job:
         return Job(
             step=self.step,
             source=self.source,
@@ -240,6 +242,7 @@ class ShardRunner:
             max_error_rate=self.max_error_rate,
             progress=self.progress,
             threads=threads,
+            writers=writers,
             active=asyncio.Semaphore(self._ahead),
             loaded=asyncio.Semaphore(self._ahead),
         )

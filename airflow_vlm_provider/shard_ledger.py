@@ -161,12 +161,8 @@ class ShardLedger:
         except FileNotFoundError:
             return None
 
-    async def close(self) -> None:
-        """Save what was answered, if that was not done yet, and free everything. Never raises."""
-        await self.journal.close()
-        self.free()
-
     def free(self) -> None:
+        """Free what is kept on disk meanwhile; the journal is closed by itself."""
         for each in (self.recorder, self.remembered, self.dead):
             with suppress(Exception):
                 each.close()

@@ -80,6 +80,7 @@ class ShardRun:
             manifest = await self._in_thread(
                 lambda: self.ledger.commit(self.output, self.output_name, started)
             )
+            await self.ledger.journal.close()
             self.job.progress.shards_done += 1
             return manifest
         except BaseException as error:
@@ -93,8 +94,7 @@ class ShardRun:
         finally:
             if self.reading is None:
                 when_read()
-            # What was answered is paid for, whatever went wrong: it is saved if that can still be done.
-            await self.ledger.close()
+            self.ledger.free()
             with suppress(Exception):
                 self.input.close()
 
@@ -234,12 +234,15 @@ class ShardRun:
         return rest
 
     async def _stop(self) -> None:
-        """Cancel what still runs and wait until it has ended, so that nothing is sent after this."""
-        await asyncio.gather(*self._halt(), return_exceptions=True)
+        """Cancel what still runs, save what was answered, and wait until all has ended: nothing is sent after this."""
+        rest = self._halt()
+        # Requests end at once, and only then is it known what was answered. A write may take long.
+        await asyncio.gather(*self.running, return_exceptions=True)
+        await asyncio.gather(self.ledger.journal.close(), *rest, return_exceptions=True)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         """Run what blocks in a thread. When cancelled meanwhile, wait for it a little: half a write helps nobody."""
-        future = asyncio.get_running_loop().run_in_executor(self.job.threads, function)
+        future = asyncio.get_running_loop().run_in_executor(self.job.writers, function)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
