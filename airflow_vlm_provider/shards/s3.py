@@ -118,15 +118,25 @@ class S3Store:
         Write an object, whole or not at all.
 
         The content is spooled, in memory and then on disk, and uploaded when the body has ended. A worker
-        killed during a multipart upload leaves invisible parts behind; a lifecycle rule of the bucket
-        (AbortIncompleteMultipartUpload) clears them.
+        killed during a multipart upload, or one that never got its answer, leaves invisible parts behind; a lifecycle
+        rule of the bucket (AbortIncompleteMultipartUpload) clears them.
         """
         key, client = self._key(name), self._s3()
         with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as spool:
             yield cast("BinaryIO", spool)
-            spool.seek(0)
-            with s3_errors(self.uri + name):
-                client.upload_fileobj(spool, self._bucket, key)
+
+            def upload() -> None:
+                spool.seek(0)
+                with s3_errors(self.uri + name):
+                    try:
+                        client.upload_fileobj(spool, self._bucket, key)
+                    except KeyError as error:
+                        # boto3 takes a response without a body, whose head was cut off, for one to do with.
+                        raise BrokenResponseError(
+                            f"{self.uri + name}: the connection broke off while S3 took it."
+                        ) from error
+
+            again_when_broken()(upload)
 
     def delete(self, name: str) -> None:
         key, client = self._key(name), self._s3()

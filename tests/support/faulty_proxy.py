@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 CHUNK_BYTES = 16 * 1024
 POLL_S = 0.05
-# Half a megabyte a second.
-TRICKLE_BYTES, TRICKLE_S = 8 * 1024, 0.016
+# Two megabytes a second.
+TRICKLE_BYTES, TRICKLE_S = 8 * 1024, 0.004
 S3_CODES = {500: "InternalError", 503: "SlowDown"}
 
 
