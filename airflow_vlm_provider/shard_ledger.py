@@ -127,7 +127,7 @@ class ShardLedger:
         known = () if self._before is None else self._before.journal
         for segment in (each for each in segments if each not in known):
             name = f"{ledger_folder(shard, step)}/{segment}"
-            KeyIndex(job.destination, step=step).add(name, self.journal.consolidated_keys())
+            KeyIndex(job.destination, step=step).add(name, self.journal.consolidated_keys(segment))
         output.close()
         errors = self.dead.save(job.destination, shard, step)
         media = self.recorder.save(job.destination, shard, step)

@@ -139,7 +139,7 @@ class Manifest:
     provider_version: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     kinds: Mapping[str, int] = field(default_factory=dict)
-    journal: Sequence[str] = ()
+    journal: Sequence[str] = field(default_factory=list)
     media: str | None = None
     written_by: Mapping[str, Any] = field(default_factory=dict)
 

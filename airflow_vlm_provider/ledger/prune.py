@@ -131,7 +131,7 @@ def _prune_shard(files: Files, place: Place, old: Sequence[FileInfo], *, dry_run
     try:
         needed = _needed(files, place)
     except (VLMError, OSError, ValueError) as error:
-        return f"{place.shard} ({place.step}) is left as it is: its manifest can't be read, and may refer to anything. {error}"
+        return f"{place.shard} ({place.step}) is left as it is: it can't be told what its manifest refers to. {error}"
     unneeded = [info for info in old if info.name not in needed]
     if not dry_run:
         for info in unneeded:
@@ -142,7 +142,7 @@ def _prune_shard(files: Files, place: Place, old: Sequence[FileInfo], *, dry_run
 def _needed(files: Files, place: Place) -> frozenset[str]:
     """The segments that a shard's manifest refers to now.
 
-    :raises ValueError: what is there is no manifest.
+    :raises ValueError: what is there is no manifest, or it names a segment that is not there.
     """
     folder = ledger_folder(*place)
     try:
@@ -152,4 +152,9 @@ def _needed(files: Files, place: Place) -> frozenset[str]:
     journal = data.get("journal") if isinstance(data, dict) else None
     if not isinstance(journal, list) or not all(isinstance(each, str) for each in journal):
         raise ValueError("It has no list of journal segments.")
-    return frozenset(f"{folder}/{each}" for each in journal)
+    needed = frozenset(f"{folder}/{each}" for each in journal)
+    # Of two attempts that were alive at once, the first may have committed after the second had put everything into a
+    # segment of its own: the answers are all there, but not where the manifest says.
+    if missing := needed - {each.name for each in files.list(f"{folder}/journal")}:
+        raise ValueError(f"It names {min(missing)}, which is not there; another segment may have its answers.")
+    return needed

@@ -189,3 +189,17 @@ def test_the_key_index_forgets_what_went_and_nothing_else():
     read.load()
     assert read.find("0" * 32) == read.find("1" * 32) == [f"_vlm/a.jsonl/s/{kept}"]
     assert read.find("2" * 32) == []
+
+
+def test_a_shard_whose_manifest_names_what_is_not_there_is_left_as_it_is():
+    files = MemoryFiles()
+    # Two attempts at once: the second committed, put all answers into one segment and deleted the others; then the
+    # first committed, and its manifest names one of those.
+    whole = segment(files, "a.jsonl", 2, days=40)
+    gone = segment_name(datetime(2026, 1, 1, tzinfo=timezone.utc), WRITER, 1)
+    commit(files, "a.jsonl", gone)
+    pruned = prune(files, older_than_days=30)
+    assert pruned.segments == 0
+    assert f"_vlm/a.jsonl/s/{whole}" in names(files)
+    (reason,) = pruned.kept
+    assert gone in reason
