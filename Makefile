@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup lint format test unit integration system demo demo-ui bench clean
+.PHONY: help setup lint format test unit integration system torture demo demo-ui bench clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ integration: setup
 
 system: setup
 	$(BIN)/python -m pytest tests/system
+
+torture: setup  ## kill tasks 60 times at random moments, and count what was lost, doubled or paid twice
+	VLM_TORTURE_KILLS=60 $(BIN)/python -m pytest -s --timeout=3000 tests/integration/test_crash.py
 
 demo: setup  ## tag the demo pictures under a real scheduler and show the result
 	$(BIN)/python demo/run.py
