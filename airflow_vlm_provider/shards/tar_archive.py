@@ -93,7 +93,7 @@ class TarArchive:
                 encoding=ENCODING,
                 errors=ENCODING_ERRORS,
             )
-            while (member := self._tar.next()) is not None:
+            for member in self._tar:
                 # It would remember all of them.
                 self._tar.members.clear()  # type: ignore[attr-defined]
                 _check(member)
