@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--adaptive", action="store_true", help="let the client find --in-flight out by itself"
     )
+    parser.add_argument("--without-ledger", action="store_true", help="ours: no journal and no manifests")
     return parser.parse_args()
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from client import MODEL, arguments, measured, rows
+from without_ledger import without_ledger
 
 CONNECTION = "vlm_bench"
 
@@ -38,7 +40,11 @@ def tagged_rows(folder: Path) -> int:
     return sum(any(row["__dj__meta__"]["image_tags"]) for row in rows)
 
 
-def tag(source: Path, destination: Path, media_root: Path) -> None:
+def committed(folder: Path) -> bool:
+    return any((folder / "_vlm").rglob("manifest.json"))
+
+
+def tag(source: Path, destination: Path, media_root: Path, **parameters: Any) -> None:
     from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 
     operator = ImageTaggingVLMOperator(
@@ -47,6 +53,7 @@ def tag(source: Path, destination: Path, media_root: Path) -> None:
         destination=str(destination),
         media_roots=[str(media_root)],
         vlm_conn_id=CONNECTION,
+        **parameters,
     )
     operator.execute(context())
 
@@ -59,10 +66,13 @@ def main() -> None:
     source.mkdir()
     lines = (json.dumps(row) + "\n" for row in rows(options.data, 2))
     (source / "part-00000.jsonl").write_text("".join(lines), encoding="utf-8")
-    tag(source, options.out / "warm-up", options.data)
     destination = options.out / "measured"
-    with measured() as figures:
-        tag(options.data, destination, options.data)
+    with without_ledger() if options.without_ledger else nullcontext():
+        tag(source, options.out / "warm-up", options.data)
+        with measured() as figures:
+            tag(options.data, destination, options.data)
+    if committed(destination) == options.without_ledger:
+        raise SystemExit(f"--without-ledger is {options.without_ledger}, but the output says otherwise")
     figures.write(options.result, tagged=tagged_rows(destination))
 
 

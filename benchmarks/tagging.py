@@ -21,12 +21,16 @@ from environments import DATA_JUICER, SATURATE, NotInstalledError, environment
 from harness import CAPACITY, LATENCY, Client, ClientError, Run, machine, run
 
 IDEAL = CAPACITY / LATENCY  # images a second
+LEDGER_GOAL = 0.95  # of the rate without journal and manifests
 
 DATA_JUICER_ENVIRONMENT = ("data-juicer", DATA_JUICER)
 CLIENTS = {
     "raw": Client("sockets only (ceiling)", "client_raw.py"),
     "bare": Client("bare AsyncOpenAI loop", "client_bare.py"),
     "ours": Client("ImageTaggingVLMOperator", "client_ours.py"),
+    "ours-without-ledger": Client(
+        "the same without journal and manifests", "client_ours.py", options=("--without-ledger",)
+    ),
     "saturate": Client("saturate 0.2.0, Fixed(64)", "client_saturate.py", ("saturate", SATURATE)),
     "saturate-auto": Client(
         "saturate 0.2.0, Auto()", "client_saturate.py", ("saturate", SATURATE), options=("--adaptive",)
@@ -88,6 +92,19 @@ def table(rows: Mapping[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def ledger_cost(rows: Mapping[str, Row]) -> str:
+    """What journal and manifests cost, in a sentence; empty when that was not measured."""
+    both = [rows[name] for name in ("ours", "ours-without-ledger") if name in rows and rows[name].runs]
+    if len(both) < 2:
+        return ""
+    share = both[0].median("rate") / both[1].median("rate")
+    cpu = [row.median("cpu_ms") for row in both]
+    return (
+        f"Journal and manifests: {share:.3f} of the rate without them, {cpu[0]:.2f} CPU ms/image beside {cpu[1]:.2f} "
+        f"(goal: at least {LEDGER_GOAL} of the rate): {'met' if share >= LEDGER_GOAL else 'missed'}"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -113,7 +130,8 @@ def main() -> int:
     for number in range(options.rounds):
         # Another order each round: whoever goes first or last finds the machine in a different state.
         shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        order = names[shift:] + names[:shift]
+        for name in reversed(order) if number % 2 else order:
             row = rows[name]
             if row.failure:
                 continue
@@ -132,6 +150,8 @@ def main() -> int:
         f"{max((run.stub_cpu_ms for run in runs), default=0):.2f} CPU ms/image at most\n"
     )
     print(table(rows))
+    if sentence := ledger_cost(rows):
+        print(f"\n{sentence}")
     results = BENCH / "results" / f"tagging-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.json"
     results.parent.mkdir(exist_ok=True)
     record = {
