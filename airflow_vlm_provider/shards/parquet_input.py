@@ -30,7 +30,7 @@ class ParquetInput(io.RawIOBase):
         self._size = stream.seek(0, io.SEEK_END)
         self._position = 0
         self._places = 1
-        # Start and bytes; the last one used is the last.
+        # Start and bytes; the last one read is the last.
         self._ahead: list[tuple[int, bytes]] = []
         self._failure: BaseException | None = None
 
@@ -83,9 +83,8 @@ class ParquetInput(io.RawIOBase):
 
     def _take(self, start: int, size: int) -> bytes:
         """What was read ahead of so many bytes: all, the first of them, or none."""
-        for i, (at, data) in enumerate(self._ahead):
+        for at, data in self._ahead:
             if at <= start < at + len(data):
-                self._ahead.append(self._ahead.pop(i))
                 return data[start - at : start - at + size]
         return b""
 

@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 # Held in memory until a row group is complete.
 ROW_GROUP_BYTES = 32 * 1024 * 1024
 ROW_GROUP_ROWS = 1024 * 1024
-# A page is the least that a reader can read. pyarrow looks whether it is large enough only after so many rows, which
-# are few where rows are large.
-PAGE_BYTES = 1024 * 1024
-PAGE_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +70,7 @@ class ParquetShardWriter:
             stream,
             extended,
             metadata=file_metadata(about.metadata or {}, schema),
-            options=lambda: {
-                **writer_options(about, schema, extended),
-                "write_batch_size": max(1, min(PAGE_BYTES // _row_bytes(about), PAGE_ROWS)),
-            },
+            options=lambda: writer_options(about, schema, extended),
         )
         self._group = 0
         self._rows = 0
@@ -149,10 +142,3 @@ class ParquetShardWriter:
         if self._rows:
             self._output.write([column.finish() for column in self._columns])
         self._rows = self._bytes = 0
-
-
-def _row_bytes(about: pa.FileMetaData) -> int:
-    """How large a row is on the average."""
-    total: int = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-    rows: int = about.num_rows
-    return max(1, total // max(1, rows))

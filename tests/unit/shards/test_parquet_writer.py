@@ -216,6 +216,8 @@ def test_meta_data_in_json_text_stay_json_text() -> None:
     assert first == texts[0]
     assert json.loads(second) == {"image_tags": [["a", "b"], []]}
     assert third == '{"b": "é", "image_tags": [["a", "b"], []]}'
+    captioned = rewritten(shard, CAPTION, lambda sample: [with_field(sample, "caption", "c")])
+    assert table_of(captioned).column(META).to_pylist() == texts
 
 
 def test_rows_are_dropped_and_multiplied_in_place() -> None:
