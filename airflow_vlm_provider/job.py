@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from airflow_vlm_provider.answering import Answering
     from airflow_vlm_provider.ledger.answers import Answers
-    from airflow_vlm_provider.ledger.journal import FlushPolicy
+    from airflow_vlm_provider.ledger.write_behind import Window
     from airflow_vlm_provider.ledger.keys import RequestKeys
     from airflow_vlm_provider.progress import Progress
     from airflow_vlm_provider.shards.formats import RowKeys
@@ -32,7 +32,7 @@ class Job:
     :param written_by: Who runs this, for the manifests.
     :param answers: What is known.
     :param keys: Makes requests' keys.
-    :param flush: When answers are written to the journal.
+    :param window: When answers are written to the journals, and how many may wait for it.
     :param row_keys: What the fields are called that a format makes.
     :param output: ``full``, ``sidecar``, or None for what suits the shard.
     :param trust_media: Take media that were loaded before for unchanged.
@@ -57,7 +57,7 @@ class Job:
     answers: Answers
     answering: Answering
     keys: RequestKeys
-    flush: FlushPolicy
+    window: Window
     row_keys: RowKeys
     output: str | None
     trust_media: bool

@@ -15,7 +15,7 @@ from airflow_vlm_provider.errors import ANSWERED_KINDS, LASTING_KINDS, ConfigErr
 from airflow_vlm_provider.job import Job
 from airflow_vlm_provider.ledger.answers import Answers
 from airflow_vlm_provider.ledger.changes import changes, say_changes
-from airflow_vlm_provider.ledger.journal import FlushPolicy
+from airflow_vlm_provider.ledger.write_behind import FlushPolicy, Window
 from airflow_vlm_provider.ledger.keys import RequestKeys
 from airflow_vlm_provider.ledger.manifest import Manifest, fingerprint, ledger_folder, load_manifest
 from airflow_vlm_provider.ledger.media_memory import MediaMemory
@@ -233,7 +233,7 @@ class ShardRunner:
             answers=answers,
             answering=Answering(engine=self.engine, answers=answers),
             keys=RequestKeys(engine=self.engine.parameters(), media=self.media.answering_parameters()),
-            flush=self.flush,
+            window=Window(self.flush),
             row_keys=self.row_keys,
             output=self.output,
             trust_media=self.trust_media,

@@ -62,7 +62,7 @@ class ShardLedger:
             job.destination,
             shard=shard.name,
             step=job.step.name,
-            policy=job.flush,
+            window=job.window,
             written_by=job.written_by,
             in_thread=in_thread,
             on_failure=on_failure,

@@ -37,7 +37,7 @@ from airflow_vlm_provider.ledger.segments import (
     iter_segment,
     segment_name,
 )
-from airflow_vlm_provider.ledger.write_behind import FlushPolicy, InThread, WriteBehind
+from airflow_vlm_provider.ledger.write_behind import FlushPolicy, InThread, Window, WriteBehind
 
 __all__ = ["FlushPolicy", "ShardJournal"]
 
@@ -60,7 +60,7 @@ class ShardJournal:
     :param files: Where the ledger is.
     :param shard: Name of the shard.
     :param step: Name of the step.
-    :param policy: When answers are written.
+    :param window: When answers are written, and how many may wait for it; shared by all journals of a task.
     :param written_by: Who runs this; stands in each segment.
     :param in_thread: Runs what blocks.
     :param on_failure: Called once, in the event loop, when answers can't be saved: no more should be paid for.
@@ -72,7 +72,7 @@ class ShardJournal:
         *,
         shard: str,
         step: str,
-        policy: FlushPolicy,
+        window: Window,
         written_by: Mapping[str, Any],
         in_thread: InThread,
         on_failure: Callable[[BaseException], None],
@@ -87,7 +87,7 @@ class ShardJournal:
         self._segments = 0
         # What is known of the segments that are there, by name: those that were loaded and those written since.
         self._held: dict[str, _Contents] = {}
-        self._unsaved = WriteBehind(self._write, policy=policy, in_thread=in_thread, on_failure=on_failure)
+        self._unsaved = WriteBehind(self._write, window=window, in_thread=in_thread, on_failure=on_failure)
         # What the consolidated segment is to hold; several only where it would be too large to be read.
         self._collected: list[tuple[SegmentWriter, _Contents]] = []
         self._recent: set[int] = set()

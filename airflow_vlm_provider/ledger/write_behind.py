@@ -3,7 +3,7 @@
 Invariants:
 
 - No more than ``FlushPolicy.answers`` lines, or about ``FlushPolicy.bytes`` bytes, wait for the store before whoever
-  appends has to wait too.
+  appends has to wait too; of all that share a window, together.
 - Lines become durable in the order in which they were appended, so that counting tells which are.
 - A line is given up only by :meth:`~WriteBehind.close`, and then it is told.
 """
@@ -53,12 +53,60 @@ class FlushPolicy:
                 raise ConfigError(f"The journal's flush policy has {name}={value!r}; give {what} above 0.")
 
 
+class Window:
+    """What waits for the store, of all that share it: a task that is killed loses this much, however many shards are open.
+
+    :param policy: How much that may be.
+    """
+
+    def __init__(self, policy: FlushPolicy) -> None:
+        self.policy = policy
+        self._lines = 0
+        self._bytes = 0
+        self._sharers: set[WriteBehind] = set()
+        self._smaller = asyncio.Event()
+
+    def join(self, sharer: WriteBehind) -> None:
+        self._sharers.add(sharer)
+
+    def leave(self, sharer: WriteBehind, lines: int, size: int) -> None:
+        """Count no more what a sharer leaves behind, which nobody can save any more."""
+        self._sharers.discard(sharer)
+        self.shrink(lines, size)
+
+    def grow(self, size: int) -> None:
+        """Count one more line."""
+        self._lines += 1
+        self._bytes += size
+
+    def shrink(self, lines: int, size: int) -> None:
+        """Count lines no more: they are durable."""
+        self._lines -= lines
+        self._bytes -= size
+        self._smaller.set()
+
+    @property
+    def is_half_full(self) -> bool:
+        return 2 * self._lines >= self.policy.answers or 2 * self._bytes >= self.policy.bytes
+
+    @property
+    def is_over(self) -> bool:
+        return self._lines > self.policy.answers or self._bytes > self.policy.bytes
+
+    async def wait(self) -> None:
+        """Have everybody write what they have, and wait until something of it is durable."""
+        self._smaller.clear()
+        for sharer in tuple(self._sharers):
+            sharer.hurry()
+        await self._smaller.wait()
+
+
 class WriteBehind:
     """Writes lines in the background. Belongs to the event loop's thread.
 
     :param write: Makes lines durable, all or none; it blocks, and is called in a thread, never twice at once (but
         once more when it does not return in time for :meth:`close`).
-    :param policy: When it is called.
+    :param window: When it is called, and how much may wait for it.
     :param in_thread: Runs what blocks.
     :param on_failure: Called once, in the event loop, when lines can't be written: no more should be paid for.
     """
@@ -67,12 +115,13 @@ class WriteBehind:
         self,
         write: Callable[[Sequence[bytes]], None],
         *,
-        policy: FlushPolicy,
+        window: Window,
         in_thread: InThread,
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._write = write
-        self._policy = policy
+        self._window = window
+        window.join(self)
         self._in_thread = in_thread
         self._on_failure = on_failure
         self._buffer: list[bytes] = []
@@ -100,16 +149,17 @@ class WriteBehind:
         """
         if not self._buffer and not self._closed:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._policy.seconds, self._write_soon, True)
+            self._timer = loop.call_later(self._window.policy.seconds, self._write_soon, True)
         self._buffer.append(line)
         self._buffer_bytes += len(line)
         self._waiting_bytes += len(line)
+        self._window.grow(len(line))
         self._appended += 1
         self._write_soon()
         self._check()
-        while self.waiting > self._policy.answers or self._waiting_bytes > self._policy.bytes:
-            self._write_soon()
-            await self._settled()
+        while self._window.is_over:
+            await self._window.wait()
+            self._check()
 
     async def flush(self) -> None:
         """Make everything durable that was appended.
@@ -139,11 +189,16 @@ class WriteBehind:
             self._stop_timer()
             if self._writing is not None:
                 self._writing.cancel()
+            self._window.leave(self, self.waiting, self._waiting_bytes)
         if not self.waiting:
             return None
         if self._failure is None:
             return f"the store took longer than {seconds} s"
         return f"{type(self._failure).__name__}: {self._failure}"
+
+    def hurry(self) -> None:
+        """Write now what there is."""
+        self._write_soon(True)
 
     def _write_soon(self, hurry: bool = False) -> None:
         """Begin to write what is buffered when it is enough, or in a hurry; after what is being written now."""
@@ -152,9 +207,7 @@ class WriteBehind:
             self._start()
 
     def _is_due(self) -> bool:
-        policy = self._policy
-        enough = 2 * len(self._buffer) >= policy.answers or 2 * self._buffer_bytes >= policy.bytes
-        return bool(self._buffer) and (enough or self._hurry)
+        return bool(self._buffer) and (self._hurry or self._window.is_half_full)
 
     def _start(self) -> asyncio.Task[None]:
         """Begin to write what is buffered."""
@@ -176,6 +229,7 @@ class WriteBehind:
         if error is None and not task.cancelled():
             self._durable += len(batch)
             self._waiting_bytes -= size
+            self._window.shrink(len(batch), size)
             self._write_soon()
             return
         self._buffer[:0] = batch
@@ -186,6 +240,8 @@ class WriteBehind:
     def _fail(self, error: BaseException) -> None:
         if self._failure is None:
             self._failure = error
+            # Whoever waits for room is told why there will be none.
+            self._window.shrink(0, 0)
             if not self._closed:
                 self._on_failure(error)
 

@@ -11,6 +11,7 @@ from typing import Any
 from airflow_vlm_provider.ledger.journal import FlushPolicy, ShardJournal
 from airflow_vlm_provider.ledger.manifest import Counts, Manifest, save_manifest
 from airflow_vlm_provider.ledger.records import to_line
+from airflow_vlm_provider.ledger.write_behind import Window
 from airflow_vlm_provider.types import Answer, Choice
 
 SHARD, STEP = "in/a.jsonl", "caption"
@@ -43,7 +44,8 @@ def journal(files: Any, **options: Any) -> ShardJournal:
         "on_failure": lambda error: None,
         **options,
     }
-    return ShardJournal(files, shard=SHARD, step=STEP, **given)
+    window = Window(given.pop("policy"))
+    return ShardJournal(files, shard=SHARD, step=STEP, window=window, **given)
 
 
 async def loaded(files: Any, **options: Any) -> tuple[ShardJournal, list[bytes]]:

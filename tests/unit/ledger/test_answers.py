@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -123,7 +124,9 @@ def test_another_shards_answers_are_found_and_each_segment_is_read_once_by_whoev
     asyncio.run(main())
 
 
-def test_few_segments_are_in_memory_at_once():
+def test_few_segments_are_in_memory_at_once(monkeypatch):
+    monkeypatch.setattr(module, "READS", 2)
+
     async def main() -> None:
         files = CountedFiles()
         for shard in range(20):
@@ -132,7 +135,7 @@ def test_few_segments_are_in_memory_at_once():
             files.most_at_once = 0
             found = await asyncio.gather(*(answers.get(key(number)) for number in range(20)))
             assert found == [line(number) for number in range(20)]
-        assert files.most_at_once <= module.READS
+        assert files.most_at_once <= 2
 
     asyncio.run(main())
 
@@ -234,6 +237,26 @@ def test_who_is_cancelled_does_not_take_the_read_from_those_who_wait_for_it_too(
         assert files.segment_reads == {name: 1}
 
     asyncio.run(main())
+
+
+def test_a_read_that_nobody_waits_for_any_more_fails_quietly(caplog):
+    async def main() -> None:
+        files = CountedFiles()
+        name = journal(files, "a.jsonl", [line(1)])
+        async with opened(files) as answers:
+            files.broken.add(name)
+            waiting = asyncio.create_task(answers.get(key(1)))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait(list(answers._reading.values()))
+            gc.collect()
+            files.broken.clear()
+            assert await answers.get(key(1)) == line(1)
+        assert files.segment_reads == {name: 2}
+
+    asyncio.run(main())
+    gc.collect()
+    assert caplog.records == []
 
 
 def test_it_closes_while_segments_are_being_read():

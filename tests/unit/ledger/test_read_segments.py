@@ -70,8 +70,13 @@ def test_threads_share_it():
             for number in numbers:
                 assert read.get(name, key(number)) == line(number, f"{thread}")
 
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(work, range(8)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
     assert len(read) == 8 * 30 * 20
     read.close()
 
@@ -103,11 +108,16 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_full_disk_is_an_error_that_names_the_remedy(tmp_path):
     code = """
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+read = ReadSegments()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    ReadSegments().add(0, [[b'{"key":"' + b'0' * 32 + b'"' + bytes(2**21)]])
+    read.add(0, [[b'{"key":"' + b'0' * 32 + b'"' + bytes(2000)]])
 except OSError as error:
     print(error)
+print(0 in read)
+read.close()
+print("closed")
 """
-    message = run(code, str(tmp_path))
+    message, there, closed = run(code, str(tmp_path)).splitlines()
     assert f"Free space in {tmp_path}, or name another directory in TMPDIR" in message
+    assert (there, closed) == ("False", "closed")

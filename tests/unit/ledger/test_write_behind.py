@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airflow_vlm_provider.errors import ConfigError
-from airflow_vlm_provider.ledger.write_behind import FlushPolicy, WriteBehind
+from airflow_vlm_provider.ledger.write_behind import FlushPolicy, Window, WriteBehind
 from tests.support.virtual_time import run_in_virtual_time
 
 
@@ -52,7 +52,7 @@ class Storage:
     def writer(self, **policy: Any) -> WriteBehind:
         return WriteBehind(
             self.write,
-            policy=FlushPolicy(**policy),
+            window=Window(FlushPolicy(**policy)),
             in_thread=self.in_thread,
             on_failure=self.failures.append,
         )
@@ -375,3 +375,31 @@ def test_a_policy_that_makes_no_sense_is_refused_with_the_remedy(wrong):
     with pytest.raises(ConfigError, match=f"{name}=.* give a .*number above 0") as caught:
         FlushPolicy(**wrong)
     assert repr(value) in str(caught.value)
+
+
+def test_all_that_share_a_window_wait_together_and_make_room_for_each_other():
+    async def go() -> None:
+        store = Storage(1.0)
+        window = Window(FlushPolicy(answers=10, seconds=3600))
+        writers = [
+            WriteBehind(
+                store.write, window=window, in_thread=store.in_thread, on_failure=store.failures.append
+            )
+            for _ in range(3)
+        ]
+        # The first holds what fills the window nearly by half, which is no reason for it to write.
+        for number in range(4):
+            await writers[0].append(line(number))
+        assert store.writing == 0
+        most = 0
+        for number in range(4, 60):
+            await writers[1 + number % 2].append(line(number))
+            most = max(most, sum(each.waiting for each in writers))
+        assert most <= 10
+        assert writers[0].waiting == 0, "it was asked to make room"
+        for each in writers:
+            await each.flush()
+            assert await each.close(seconds=1) is None
+        assert sorted(store.durable) == lines(60)
+
+    run_in_virtual_time(go())
