@@ -27,7 +27,8 @@ class ReadSegments:
     """Lines of the journal, by segment and key. Safe to use from several threads at once."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        # Unbuffered: what a full disk refused must not come up again when the file is closed.
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed by close()
         self._lock = threading.Lock()
         self._places: dict[Hashable, _Places] = {}
 
@@ -72,8 +73,9 @@ class ReadSegments:
         with self._lock:
             try:
                 begin = self._file.seek(0, os.SEEK_END)
-                self._file.write(data)
-                self._file.flush()
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
             except OSError as error:
                 raise OSError(
                     error.errno,
