@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_vlm_provider.errors import ShardError
+from airflow_vlm_provider.errors import SampleError, ShardError, VLMError
 from airflow_vlm_provider.ledger.manifest import Manifest
 from airflow_vlm_provider.progress import CountingReader
 from airflow_vlm_provider.sample_run import Redrive, SampleRunner
@@ -208,14 +209,22 @@ class ShardRun:
 
     def _write_rows(self, rows: RowWriter, batch: Iterable[Outcome]) -> None:
         for outcome in batch:
-            written = 0
+            ended, written = outcome, 0
             if outcome.status in ("ok", "cached"):
-                rows.write(outcome.sample, outcome.rows)
-                written = len(outcome.rows)
-            elif outcome.sample.row is not None or outcome.sample.origin is not None:
-                rows.write_unchanged(outcome.sample)
+                try:
+                    rows.write(outcome.sample, outcome.rows)
+                    written = len(outcome.rows)
+                except VLMError:
+                    raise
+                except (TypeError, ValueError) as error:
+                    ended = _unwritable(outcome, error)
+            sample = ended.sample
+            if ended.status in ("skipped", "failed") and (
+                sample.row is not None or sample.origin is not None
+            ):
+                rows.write_unchanged(sample)
                 written = 1
-            self.ledger.add(outcome, rows_out=written)
+            self.ledger.add(ended, rows_out=written)
 
     def _fail(self, error: BaseException) -> None:
         """Stop the shard for an error that is not one sample's own."""
@@ -258,3 +267,9 @@ def _batch(samples: Iterator[Sample]) -> Iterator[Sample]:
         size += sample.size
         if size >= READ_BATCH_BYTES:
             return
+
+
+def _unwritable(outcome: Outcome, error: Exception) -> Outcome:
+    """The end of a sample whose shard's format can't hold what the step made of it."""
+    message = f"What was made of the row can't be written into a shard of this format: {error}"
+    return replace(outcome, status="failed", rows=(), error=SampleError("unwritable", message))

@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,22 @@ def test_a_bad_row_becomes_a_dead_letter_and_stops_nobody(place):
     counts = manifest.counts
     assert (counts.rows_in, counts.rows_out, counts.ok, counts.failed) == (5, 4, 2, 3)
     assert manifest.errors.endswith("_vlm/a.jsonl/caption/errors.jsonl")
+
+
+def test_a_row_that_the_format_cannot_hold_is_a_dead_letter_and_written_back(place):
+    class Odd(CaptionStep):
+        def process(self, sample: Any) -> Any:
+            result = yield from super().process(sample)
+            if sample.row["text"] == "b":
+                return replace(result, rows=({**result.rows[0], "caption": {1, 2}},))
+            return result
+
+    shard = place.shard("a.jsonl", [{"text": "a"}, {"text": "b"}, {"text": "c"}])
+    (manifest,) = place.run(ScriptedEngine(), shard, step=Odd())
+    assert [row.get("caption") for row in place.output()] == ["about a", None, "about c"]
+    (letter,) = place.errors()
+    assert (letter["row"], letter["kind"]) == (1, "unwritable")
+    assert (manifest.counts.ok, manifest.counts.failed, manifest.counts.requests) == (2, 1, 3)
 
 
 def test_a_multi_image_row_that_fails_has_its_paid_answers_counted(place):
