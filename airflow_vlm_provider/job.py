@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from airflow_vlm_provider.answering import Answering
     from airflow_vlm_provider.ledger.answers import Answers
+    from airflow_vlm_provider.ledger.commit_index import CommitIndex
     from airflow_vlm_provider.ledger.write_behind import Window
     from airflow_vlm_provider.ledger.keys import RequestKeys
     from airflow_vlm_provider.progress import Progress
@@ -31,6 +32,7 @@ class Job:
     :param cost: US dollars for a usage; None when prices are not known.
     :param written_by: Who runs this, for the manifests.
     :param answers: What is known.
+    :param commits: The commit index of the destination.
     :param keys: Makes requests' keys.
     :param window: When answers are written to the journals, and how many may wait for it.
     :param row_keys: What the fields are called that a format makes.
@@ -56,6 +58,7 @@ class Job:
     written_by: Mapping[str, Any]
     answers: Answers
     answering: Answering
+    commits: CommitIndex
     keys: RequestKeys
     window: Window
     row_keys: RowKeys

@@ -15,6 +15,7 @@ from airflow_vlm_provider.errors import ANSWERED_KINDS, LASTING_KINDS, ConfigErr
 from airflow_vlm_provider.job import Job
 from airflow_vlm_provider.ledger.answers import Answers
 from airflow_vlm_provider.ledger.changes import changes, say_changes
+from airflow_vlm_provider.ledger.commit_index import CommitIndex
 from airflow_vlm_provider.ledger.write_behind import FlushPolicy, Window
 from airflow_vlm_provider.ledger.keys import RequestKeys
 from airflow_vlm_provider.ledger.manifest import Manifest, fingerprint, ledger_folder, load_manifest
@@ -231,6 +232,7 @@ class ShardRunner:
             cost=self.cost,
             written_by=self.written_by,
             answers=answers,
+            commits=CommitIndex(self.destination, step=self.step.name),
             answering=Answering(engine=self.engine, answers=answers),
             keys=RequestKeys(engine=self.engine.parameters(), media=self.media.answering_parameters()),
             window=Window(self.flush),

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import airflow_vlm_provider
 from airflow_vlm_provider.errors import ANSWERED_KINDS, ShardError
-from airflow_vlm_provider.ledger.commit_index import CommitEntry, CommitIndex
+from airflow_vlm_provider.ledger.commit_index import CommitEntry
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters, load_dead_letters
 from airflow_vlm_provider.ledger.journal import ShardJournal
-from airflow_vlm_provider.ledger.key_index import KeyIndex
 from airflow_vlm_provider.ledger.manifest import Counts, Manifest, ledger_folder, save_manifest
 from airflow_vlm_provider.ledger.media_memory import MediaMemory, MediaRecorder
 from airflow_vlm_provider.types import Outcome
@@ -127,7 +126,7 @@ class ShardLedger:
         known = () if self._before is None else self._before.journal
         for segment in (each for each in segments if each not in known):
             name = f"{ledger_folder(shard, step)}/{segment}"
-            KeyIndex(job.destination, step=step).add(name, self.journal.consolidated_keys(segment))
+            job.answers.index.add(name, self.journal.consolidated_keys(segment))
         output.close()
         errors = self.dead.save(job.destination, shard, step)
         media = self.recorder.save(job.destination, shard, step)
@@ -151,7 +150,7 @@ class ShardLedger:
             written_by=job.written_by,
         )
         save_manifest(job.destination, shard, step, manifest)
-        CommitIndex(job.destination, step=step).add([commit_entry(manifest, shard, output_name)])
+        job.commits.add([commit_entry(manifest, shard, output_name)])
         self.journal.retire()
         return manifest
 
