@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from airflow_vlm_provider.answering import Answering
     from airflow_vlm_provider.ledger.answers import Answers
     from airflow_vlm_provider.ledger.commit_index import CommitIndex
-    from airflow_vlm_provider.ledger.write_behind import Window
     from airflow_vlm_provider.ledger.keys import RequestKeys
+    from airflow_vlm_provider.ledger.write_behind import Window
     from airflow_vlm_provider.progress import Progress
     from airflow_vlm_provider.shards.formats import RowKeys
     from airflow_vlm_provider.shards.media import MediaLoader

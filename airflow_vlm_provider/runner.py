@@ -16,10 +16,10 @@ from airflow_vlm_provider.job import Job
 from airflow_vlm_provider.ledger.answers import Answers
 from airflow_vlm_provider.ledger.changes import changes, say_changes
 from airflow_vlm_provider.ledger.commit_index import CommitIndex
-from airflow_vlm_provider.ledger.write_behind import FlushPolicy, Window
 from airflow_vlm_provider.ledger.keys import RequestKeys
 from airflow_vlm_provider.ledger.manifest import Manifest, fingerprint, ledger_folder, load_manifest
 from airflow_vlm_provider.ledger.media_memory import MediaMemory
+from airflow_vlm_provider.ledger.write_behind import FlushPolicy, Window
 from airflow_vlm_provider.progress import Progress
 from airflow_vlm_provider.shard_run import ShardRun
 from airflow_vlm_provider.shards.formats import RowKeys
