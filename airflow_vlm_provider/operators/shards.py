@@ -159,7 +159,7 @@ class PlanShardsOperator(BaseOperator):
             for operator in operators:
                 runner, own = self._runner(operator, store, shards)
                 found = finished(runner, [shard for shard in own if shard.name in done])
-                done &= found.keys()
+                done = set(found)
                 commits[operator.task_id] = found
                 runners.append(runner)
         except Exception as error:
