@@ -79,12 +79,15 @@ with DAG(
     ).expand(shards=plan.output)
 
     @task(trigger_rule="all_done")
-    def summary(manifests: list[dict], params: dict | None = None, ti=None) -> dict:
+    def summary(params: dict | None = None, ti=None) -> dict:
         """Add the groups up, and fail when too much failed or did not run."""
-        # Every pass over what mapped tasks returned is a request for each.
-        manifests, plan = list(manifests), ti.xcom_pull(task_ids="plan")
+        plan = ti.xcom_pull(task_ids="plan")
         if plan is None:
             raise AirflowFailException("There is no plan, so nothing was tagged; look at the task 'plan'.")
+        # By their numbers, and not by tag.output: when a run is cleared, its plan may have fewer groups than before,
+        # and what the tasks returned that it has no more is still there.
+        returned = ti.xcom_pull(task_ids="tag", map_indexes=range(len(plan)))
+        manifests = [each for each in returned if each is not None]
         groups = len(manifests)
         # The plan leaves out what earlier runs have done; it counts all the same, and so do its failures.
         manifests += (ti.xcom_pull(task_ids="plan", key="done") or {}).values()
@@ -108,4 +111,4 @@ with DAG(
             )
         return total
 
-    summary(tag.output)
+    tag >> summary()

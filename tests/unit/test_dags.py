@@ -102,10 +102,14 @@ def manifest(**counts: Any) -> dict[str, Any]:
     return {**dict.fromkeys(names, 0), **rest, **counts}
 
 
-def summary(nightly: DAG, manifests: list[dict[str, Any]], **pulled: Any) -> dict[str, Any]:
-    ti = SimpleNamespace(xcom_pull=lambda task_ids, key="return_value": pulled.get(key))
+def summary(nightly: DAG, manifests: list[dict[str, Any] | None], **pulled: Any) -> dict[str, Any]:
+    def xcom_pull(task_ids, key="return_value", map_indexes=None):
+        if task_ids == "plan":
+            return pulled.get(key)
+        return [manifests[index] if index < len(manifests) else None for index in map_indexes]
+
     function = nightly.get_task("summary").python_callable
-    return function(manifests, params={"max_error_rate": 0.1}, ti=ti)
+    return function(params={"max_error_rate": 0.1}, ti=SimpleNamespace(xcom_pull=xcom_pull))
 
 
 def test_the_summary_adds_up_what_ran_and_what_was_done_before(nightly):
@@ -122,6 +126,14 @@ def test_a_night_of_which_all_is_done_is_a_success(nightly, capsys):
     total = summary(nightly, [], return_value=[], done=before)
     assert (total["shards_unchanged"], total["cached"], total["requests"]) == (3, 30, 0)
     assert "All was done already" in capsys.readouterr().out
+
+
+def test_what_tasks_of_an_earlier_and_larger_plan_returned_does_not_count(nightly):
+    before = {"tag": manifest(shards=1, shards_unchanged=1, cached=10, rows_in=10, cost_usd=0)}
+    total = summary(nightly, [manifest(ok=10), manifest(ok=10)], return_value=[["a.jsonl"]], done=before)
+    assert (total["rows_in"], total["ok"], total["cached"]) == (20, 10, 10)
+    with pytest.raises(AirflowFailException, match="Only 0 of 1 groups"):
+        summary(nightly, [None, manifest(ok=10)], return_value=[["a.jsonl"]])
 
 
 def test_a_night_with_too_many_failures_stays_a_failure_when_it_is_run_again(nightly):
