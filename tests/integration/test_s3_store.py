@@ -117,7 +117,8 @@ def test_hidden_folders_are_passed_over(server: S3Server, bucket: str) -> None:
         *(f"b/{number}" for number in range(3)),
         "_vlm0",
         "_vlm\U0010ffff/x",
-        "_w/\U0010ffff",
+        # Beyond what passing over reaches.
+        *(f"_w/\U0010ffff{number:03}" for number in range(2 * PAGE_SIZE)),
         "a",
         "c",
     ]
@@ -125,8 +126,8 @@ def test_hidden_folders_are_passed_over(server: S3Server, bucket: str) -> None:
     counted = Counted(server)
     store = S3Store(bucket=bucket, client_factory=lambda: counted.client)
     assert [info.name for info in store.list()] == ["a", "b/0", "b/1", "b/2", "c"]
-    # Of each of the two, a page is seen; without passing over it would be eleven pages and more.
-    assert counted.requests["ListObjectsV2"] <= 5
+    # Of each of the first two, a page is seen; without passing over it would be thirteen pages and more.
+    assert counted.requests["ListObjectsV2"] <= 7
     listed = [info.name for info in store.list("_vlm")]
     assert len(listed) == 6 * PAGE_SIZE
 
@@ -159,8 +160,10 @@ def test_many_are_looked_up_by_few_listings(server: S3Server, bucket: str) -> No
 
 def test_odd_names_are_looked_up_too(server: S3Server, bucket: str, store: S3Store) -> None:
     there = sorted(["\x01", "!", "\ue000", "\U00010000", "x" * 1019])
-    put_all(server, bucket, [f"root/{name}" for name in there])
-    wanted = sorted([*there, "\x02", "x" * 1018, "x" * 1020, "\ud7ff", "\ue001"])
+    # More than a page lies between them, so that each is looked for by a listing of its own.
+    between = [f"{name}-{number:03}" for name in ("!", "x", "y") for number in range(PAGE_SIZE + 1)]
+    put_all(server, bucket, [f"root/{name}" for name in [*there, *between]])
+    wanted = sorted([*there, "\x02", "x" * 1018, "x" * 1020, "\ue001"])
     found = [name for name, info in store.stat_many(wanted) if info is not None]
     assert found == there
 
