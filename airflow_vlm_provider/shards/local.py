@@ -34,7 +34,10 @@ class LocalStore:
     """The files below a directory.
 
     Symbolic links are followed as long as they stay below the root. Links to directories are not listed: what
-    is below the root is listed under its own name.
+    is below the root is listed under its own name. Directories stay when their last file is deleted.
+
+    What is replaced by a rename, as :meth:`create` does, is read whole. A file that somebody writes to in place is
+    told only by :meth:`fetch`; a stream delivers what there is.
 
     :param root: Absolute path; it need not exist yet.
     """

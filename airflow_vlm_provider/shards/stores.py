@@ -59,7 +59,8 @@ class ObjectInfo:
     :param name: Name relative to the store's root, components separated by ``/``.
     :param size: Size in bytes.
     :param identity: Differs whenever the content was replaced: ETag and size on S3, size and modification
-        time on a local disk. Only for comparing with another identity of the same store.
+        time on a local disk, whichever of these a file system of another kind tells. Only for comparing with another
+        identity of the same store. Where it is a time, it is as fine as the file system's clock.
     :param modified: When it was last written, in seconds since 1970; 0.0 where the storage does not say.
     """
 
@@ -87,10 +88,10 @@ class Store(Protocol):
         Yield every object below the root, or below a folder of it, sorted by name (which is relative to the root).
 
         Names with a component that begins with ``_`` or ``.`` are no data and are left out (Hive's and
-        Spark's convention), not counting the components of ``folder`` itself. What does not exist has no objects.
+        Spark's convention), not counting the components of ``folder`` itself. What does not exist has no objects; only
+        a bucket that does not exist may be told by ``FileNotFoundError``.
 
         :param folder: Name of the folder, without a trailing slash; empty for the root.
-
         :raises OutsideRootError: A symbolic link leads out of the root.
         """
 
@@ -98,7 +99,7 @@ class Store(Protocol):
         """
         Look one object up.
 
-        :raises IsADirectoryError: The name is a directory's.
+        :raises IsADirectoryError: The name is a directory's, where the storage has such things.
         """
 
     def stat_many(self, names: Iterable[str]) -> Iterator[tuple[str, ObjectInfo | None]]:
@@ -108,6 +109,7 @@ class Store(Protocol):
         :param names: Names, sorted, each at most once; consumed as they are answered.
         :return: Each name with its entry, in order; None where there is no such object, a directory has the name,
             or no object can have it.
+        :raises ValueError: (when it is reached) A name does not come after the one before it.
         """
 
     def open(self, name: str) -> BinaryIO:
@@ -124,7 +126,8 @@ class Store(Protocol):
         """
         Open an object for reading here and there, unbuffered; the caller closes it.
 
-        All reads are of the version that was there when it was opened: otherwise :meth:`open`'s promises hold.
+        Each read is a request where the storage is remote, and fills what it reads into unless the object ends. All
+        reads are of the version that was there when it was opened; otherwise :meth:`open`'s promises hold.
         """
 
     def read(self, name: str, *, max_bytes: int) -> bytes:
@@ -147,11 +150,11 @@ class Store(Protocol):
 
         The object becomes visible, replacing any earlier one, when the body ends normally; when the body
         raises, nothing becomes visible and nothing is left over. Of two writers at once the last to finish
-        wins whole.
+        wins whole. A writer that is killed leaves at most what no listing shows.
         """
 
     def delete(self, name: str) -> None:
-        """Remove an object; it is no error when there is none."""
+        """Remove an object; it is no error when there is none, or a directory has the name."""
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
