@@ -44,7 +44,7 @@ def committed(folder: Path) -> bool:
     return any((folder / "_vlm").rglob("manifest.json"))
 
 
-def tag(source: Path, destination: Path, media_root: Path, **parameters: Any) -> None:
+def tag(source: Path, destination: Path, media_root: Path, **parameters: Any) -> dict[str, Any]:
     from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 
     operator = ImageTaggingVLMOperator(
@@ -55,7 +55,7 @@ def tag(source: Path, destination: Path, media_root: Path, **parameters: Any) ->
         vlm_conn_id=CONNECTION,
         **parameters,
     )
-    operator.execute(context())
+    return operator.execute(context())
 
 
 def main() -> None:
