@@ -100,7 +100,7 @@ def test_a_task_that_is_told_to_stop_saves_what_it_paid_for(place):
         tasks,
         stub,
         dataset.parameters("out"),
-        moment=lambda: rng.uniform(0.6, 1.6),
+        rng=rng,
         most_kills=3,
         stop=signal.SIGTERM,
         longest=0.8,
