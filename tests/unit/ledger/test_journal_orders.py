@@ -305,6 +305,8 @@ def test_a_process_that_is_killed_loses_no_more_than_the_policy_allows(tmp_path)
         ) as process:
             assert process.stdout is not None
             for seen, printed in enumerate(process.stdout):
+                if not printed.endswith("\n"):  # killed while it printed
+                    break
                 what, number = printed.split()
                 if what == "flushed":
                     flushed |= {key(each) for each in range(first, int(number) + 1)}

@@ -12,7 +12,7 @@ import zstandard
 
 from airflow_vlm_provider.errors import ShardError
 from airflow_vlm_provider.shards.compression import Codec, DecompressingReader, Gzip, Zstandard
-from airflow_vlm_provider.shards.formats import shard_format
+from airflow_vlm_provider.shards.formats import RowKeys, shard_format
 
 CODECS: list[Codec] = [Gzip(), Zstandard()]
 ROWS = b"".join(b'{"i": %d}\n' % index for index in range(3000))
@@ -89,10 +89,13 @@ def test_what_is_not_compressed_at_all_raises(codec: Codec) -> None:
 @codecs
 def test_the_rows_before_the_damage_do_not_pass_for_the_shard(codec: Codec) -> None:
     suffix = {"gzip": ".jsonl.gz", "zstd": ".jsonl.zst"}[codec.name]
-    samples = shard_format("a" + suffix).read(io.BytesIO(compress(codec, ROWS)[:-1]))
+    stream = io.BytesIO(compress(codec, ROWS)[:-1])
     read = []
-    with pytest.raises(ShardError):  # noqa: PT012  the rows before the error count
-        for sample in samples:
+    with (
+        shard_format("a" + suffix).open(stream, keys=RowKeys()) as reader,
+        pytest.raises(ShardError),  # noqa: PT012  the rows before the error count
+    ):
+        for sample in reader:
             read.append(sample.row)
     assert read == [{"i": index} for index in range(len(read))]
 
