@@ -98,11 +98,10 @@ def without_ledger() -> Iterator[None]:
 
     stand_ins: tuple[tuple[Any, str, Any], ...] = (
         (shard_ledger, "ShardJournal", NoJournal),
-        (shard_ledger, "KeyIndex", NoIndex),
-        (shard_ledger, "CommitIndex", NoIndex),
         (shard_ledger, "MediaRecorder", NoRecorder),
         (shard_ledger, "save_manifest", lambda *manifest: None),
         (runner, "Answers", NoAnswers),
+        (runner, "CommitIndex", NoIndex),
         (runner, "RequestKeys", NoKeys),
         (answering, "to_line", no_line),
         (media, "hashlib", SimpleNamespace(sha256=no_digest)),
