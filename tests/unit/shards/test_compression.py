@@ -91,10 +91,7 @@ def test_the_rows_before_the_damage_do_not_pass_for_the_shard(codec: Codec) -> N
     suffix = {"gzip": ".jsonl.gz", "zstd": ".jsonl.zst"}[codec.name]
     stream = io.BytesIO(compress(codec, ROWS)[:-1])
     read = []
-    with (
-        shard_format("a" + suffix).open(stream, keys=RowKeys()) as reader,
-        pytest.raises(ShardError),  # noqa: PT012  the rows before the error count
-    ):
+    with shard_format("a" + suffix).open(stream, keys=RowKeys()) as reader, pytest.raises(ShardError):  # noqa: PT012
         for sample in reader:
             read.append(sample.row)
     assert read == [{"i": index} for index in range(len(read))]
