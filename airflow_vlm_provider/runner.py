@@ -23,6 +23,7 @@ from airflow_vlm_provider.ledger.write_behind import FlushPolicy, Window
 from airflow_vlm_provider.progress import Progress
 from airflow_vlm_provider.shard_run import ShardRun
 from airflow_vlm_provider.shards.formats import RowKeys
+from airflow_vlm_provider.shards.output_names import check_output_names
 from airflow_vlm_provider.types import Usage
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ class ShardRunner:
 
         :raises ShardError: some shards can't be read; all others are committed.
         :raises EngineError: the engine is gone; shards that were committed before stay committed.
-        :raises ConfigError: key, model or a parameter is wrong.
+        :raises ConfigError: key, model or a parameter is wrong, or two outputs would have the same name.
         """
         self.progress = Progress(shards=len(shards), total_bytes=sum(shard.size for shard in shards))
         threads = ThreadPoolExecutor(self._thread_count(), thread_name_prefix="vlm-io")
@@ -213,6 +214,10 @@ class ShardRunner:
             in_thread=partial(_in_thread, writers),
         )
         try:
+            await _in_thread(
+                writers,
+                lambda: check_output_names(self.source, [shard.name for shard in shards], output=self.output),
+            )
             await answers.open()
             return await self._run_all(self._job(answers, threads, writers), shards)
         finally:

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_vlm_provider.errors import SampleError, ShardError, VLMError
+from airflow_vlm_provider.errors import ConfigError, SampleError, ShardError, VLMError
 from airflow_vlm_provider.ledger.manifest import Manifest
 from airflow_vlm_provider.progress import CountingReader
 from airflow_vlm_provider.sample_run import Redrive, SampleRunner
@@ -108,9 +108,16 @@ class ShardRun:
                 else job.source.open(self.shard.name)
             )
             counted = CountingReader(self.input.enter_context(stream), job.progress.read)
-            return self.input.enter_context(form.open(counted, keys=job.row_keys))  # type: ignore[arg-type]
+            reader = self.input.enter_context(form.open(counted, keys=job.row_keys))  # type: ignore[arg-type]
         except (ShardError, StoreError, FileNotFoundError, PermissionError) as error:
             raise self._unreadable(error) from error
+        if reader.sidecar_of is not None:
+            raise ConfigError(
+                f"{job.source.uri}{self.shard.name} is no shard, but the sidecar of {reader.sidecar_of!r}: it holds "
+                "what a step generated, and neither texts nor media. Take the source of that step for this one's, too; "
+                "or run that step with output='full', and its destination can be a source."
+            )
+        return reader
 
     def _open_output(self, reader: ShardReader) -> RowWriter:
         job, generated = self.job, self.job.step.generated()

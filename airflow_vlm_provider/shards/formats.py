@@ -51,6 +51,10 @@ class ShardReader(Protocol):
     def embeds_media(self) -> bool:
         """Whether the shard holds media itself, so that writing it again copies them."""
 
+    @property
+    def sidecar_of(self) -> str | None:
+        """The name of the shard that this is only the sidecar of; None when it is a shard."""
+
     def __iter__(self) -> Iterator[Sample]:
         """
         Yield the samples in order, once, holding only a few in memory.
@@ -79,6 +83,10 @@ class ShardFormat(Protocol):
     @property
     def seekable(self) -> bool:
         """Whether :meth:`open` needs a stream that can be read here and there, and not only to its end."""
+
+    @property
+    def always_embeds(self) -> bool:
+        """Whether every shard of the format holds its media itself."""
 
     def open(self, stream: BinaryIO, *, keys: RowKeys) -> AbstractContextManager[ShardReader]:
         """

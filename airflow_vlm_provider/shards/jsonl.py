@@ -38,6 +38,7 @@ class JsonLines:
     codec: Codec | None = None
     max_row_bytes: int = MAX_ROW_BYTES
     seekable = False
+    always_embeds = False
 
     @contextlib.contextmanager
     def open(self, stream: BinaryIO, *, keys: object = None) -> Iterator[JsonLinesReader]:  # noqa: ARG002
@@ -48,6 +49,7 @@ class JsonLinesReader:
     """An open shard of JSON Lines."""
 
     embeds_media = False
+    sidecar_of = None
 
     def __init__(self, stream: BinaryIO, codec: Codec | None, max_row_bytes: int) -> None:
         self._stream = stream

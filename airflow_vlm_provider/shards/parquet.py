@@ -26,6 +26,7 @@ from airflow_vlm_provider.shards.parquet_media import (
     may_hold_media,
     media_of,
 )
+from airflow_vlm_provider.shards.parquet_schema import sidecar_of
 from airflow_vlm_provider.shards.parquet_writer import Origin, ParquetShardWriter
 from airflow_vlm_provider.types import Row, Sample
 
@@ -54,6 +55,7 @@ class Parquet:
 
     suffixes: tuple[str, ...] = (".parquet",)
     seekable = True
+    always_embeds = False
 
     @contextlib.contextmanager
     def open(self, stream: BinaryIO, *, keys: RowKeys) -> Iterator[ParquetReader]:
@@ -94,6 +96,11 @@ class ParquetReader:
     def embeds_media(self) -> bool:
         """See :class:`~airflow_vlm_provider.shards.formats.ShardReader`."""
         return self._embeds_media
+
+    @property
+    def sidecar_of(self) -> str | None:
+        """See :class:`~airflow_vlm_provider.shards.formats.ShardReader`."""
+        return sidecar_of(self._schema)
 
     def __iter__(self) -> Iterator[Sample]:
         index = 0

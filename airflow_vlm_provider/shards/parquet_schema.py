@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 HUGGING_FACE = b"huggingface"
 SPARK = b"org.apache.spark.sql.parquet.row.metadata"
+# What a sidecar's schema says that it is.
+SIDECAR_FORMAT = "airflow_vlm_provider.sidecar"
 # Of the file and not of its schema: the schema itself, and how the writer cut its pages.
 OF_THE_WRITER = frozenset({b"ARROW:schema", b"content_defined_chunking"})
 
@@ -51,6 +53,19 @@ def file_metadata(metadata: Mapping[bytes, bytes], schema: pa.Schema) -> dict[by
         for key, value in metadata.items()
         if key not in OF_THE_WRITER and key not in (schema.metadata or {})
     }
+
+
+def sidecar_metadata(shard: str) -> dict[str, str]:
+    """Return what the schema of a shard's sidecar says of itself."""
+    return {"format": SIDECAR_FORMAT, "version": "1", "shard": shard}
+
+
+def sidecar_of(schema: pa.Schema) -> str | None:
+    """Return the name of the shard that a file is the sidecar of; None when it is none."""
+    metadata = schema.metadata or {}
+    if metadata.get(b"format") != SIDECAR_FORMAT.encode():
+        return None
+    return bytes(metadata.get(b"shard", b"")).decode(errors="replace")
 
 
 def _extended_features(text: bytes, before: pa.Schema, after: pa.Schema) -> bytes | None:

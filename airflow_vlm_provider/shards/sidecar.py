@@ -16,6 +16,7 @@ from airflow_vlm_provider.shards.arrow_columns import ColumnBuilder
 from airflow_vlm_provider.shards.arrow_types import arrow_type, to_arrow
 from airflow_vlm_provider.shards.formats import shard_stem
 from airflow_vlm_provider.shards.parquet_output import ParquetOutput
+from airflow_vlm_provider.shards.parquet_schema import sidecar_metadata
 from airflow_vlm_provider.types import Row, Sample
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 KEY, PLACE = "key", "row"
 SUFFIX = ".parquet"
-VERSION = "1"
 _OPTIONS = {"compression": "zstd"}
 ROW_GROUP_ROWS = 16 * 1024
 ROW_GROUP_BYTES = 16 * 1024 * 1024
@@ -61,7 +61,7 @@ class SidecarWriter:
                 )
         self._generated = [pa.field(name, arrow_type(schema)) for name, schema in generated.items()]
         fields = [pa.field(KEY, pa.string()), pa.field(PLACE, pa.int64(), nullable=False), *self._generated]
-        about = {"format": "airflow_vlm_provider.sidecar", "version": VERSION, "shard": shard}
+        about = sidecar_metadata(shard)
         self._output = ParquetOutput(stream, pa.schema(fields, metadata=about), options=lambda: _OPTIONS)
         self._columns = [ColumnBuilder(field) for field in fields]
         self._nulls = [pa.nulls(1, field.type) for field in self._generated]

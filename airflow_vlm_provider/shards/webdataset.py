@@ -68,6 +68,7 @@ class WebDataset:
     max_member_bytes: int = MAX_MEMBER_BYTES
     max_sample_bytes: int = MAX_SAMPLE_BYTES
     seekable = False
+    always_embeds = True
 
     @contextlib.contextmanager
     def open(self, stream: BinaryIO, *, keys: RowKeys) -> Iterator[WebDatasetReader]:
@@ -107,6 +108,7 @@ class WebDatasetReader:
     """An open WebDataset tar."""
 
     embeds_media = True
+    sidecar_of = None
 
     def __init__(self, stream: BinaryIO, form: WebDataset, keys: RowKeys) -> None:
         self._stream = stream
