@@ -29,6 +29,7 @@ class StubOptions:
         ``reset`` (TCP reset in the middle of the answer), ``disconnect`` (closed without an answer),
         ``truncated`` (closed before the promised length), ``drip`` (ten bytes a second) and ``hang`` (no
         answer, ever).
+    :param image_faults: The fault of every request whose first image this is, by the first 8 digits of its SHA-256.
     :param script: Faults for the first requests in order of arrival; ``ok`` is none.
     :param seed: Which requests fail.
     :param retry_after: ``Retry-After`` of ``rate_limit``, in seconds, ``date:<seconds>`` for an HTTP date, or
@@ -42,6 +43,7 @@ class StubOptions:
     jitter: float = 0.0
     capacity: int = 0
     faults: dict[str, float] = field(default_factory=dict)
+    image_faults: dict[str, str] = field(default_factory=dict)
     script: list[str] = field(default_factory=list)
     seed: int = 0
     retry_after: str = "1"
@@ -90,6 +92,8 @@ class StubState:
         if self.scripted < len(options.script):
             self.scripted += 1
             return options.script[self.scripted - 1], other
+        if image in options.image_faults:
+            return options.image_faults[image], other
         for name, probability in options.faults.items():
             chance -= probability
             if chance < 0:

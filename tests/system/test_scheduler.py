@@ -5,30 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections import Counter
 from urllib.parse import quote
 
 import pytest
 
-from demo.airflow_instance import AirflowError
 from tests.support.stub_endpoint import tag_of
-from tests.system.conftest import API_KEY, Deployment
+from tests.system.conftest import API_KEY, tags
 
 pytestmark = pytest.mark.system
-
-
-def tags(row: dict) -> list[list[str]]:
-    return row["__dj__meta__"]["image_tags"]
-
-
-def run(deployment: Deployment, dag_id: str, prefix: str, *, wait: bool = True) -> str:
-    conf = {"source": f"s3://users/{prefix}", "destination": f"s3://users/out/{prefix}"}
-    run_id = deployment.airflow.trigger_dag(dag_id, conf)
-    if wait:
-        state = deployment.airflow.wait_for_run(dag_id, run_id)
-        assert state == "success", deployment.airflow.task_instances(dag_id, run_id)
-    return run_id
 
 
 def test_a_users_own_dag_tags_a_bucket_through_an_unreliable_endpoint(deployment):
@@ -49,7 +34,7 @@ def test_a_users_own_dag_tags_a_bucket_through_an_unreliable_endpoint(deployment
         rows[number]["images"] = [name]
     deployment.put("users", prefix + shards[1], b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
-    run_id = run(deployment, "users_own", prefix)
+    run_id = deployment.run("users_own", prefix)
 
     for number, shard in enumerate(shards):
         before = deployment.rows("users", prefix + shard)
@@ -101,7 +86,7 @@ def test_a_users_own_dag_tags_a_bucket_through_an_unreliable_endpoint(deployment
 def test_the_progress_is_in_the_log_and_in_the_task_state_store(deployment):
     prefix = "progress/"
     deployment.dataset("users", prefix, shards=2, rows=30, seed=2)
-    run_id = run(deployment, "one_task", prefix)
+    run_id = deployment.run("one_task", prefix)
     log = deployment.airflow.task_log("one_task", run_id, "tag")
     assert "2 of 2 shards committed, 60 rows done (0 failed, 0 skipped)" in log
     (task,) = deployment.airflow.task_instances("one_task", run_id)
@@ -114,9 +99,9 @@ def test_the_progress_is_in_the_log_and_in_the_task_state_store(deployment):
 def test_clearing_a_finished_task_asks_nothing_again(deployment):
     prefix = "cleared/"
     deployment.dataset("users", prefix, shards=3, rows=10, seed=3)
-    run_id = run(deployment, "one_task", prefix)
+    run_id = deployment.run("one_task", prefix)
     before = deployment.stub.stats()["requests"]
-    clear(deployment, "one_task", run_id)
+    deployment.clear("one_task", run_id)
     deployment.wait_for(
         lambda: deployment.airflow.task_instances("one_task", run_id)[0]["try_number"] == 2, "a second try"
     )
@@ -131,7 +116,7 @@ def test_a_killed_task_is_retried_and_committed_shards_are_not_asked_again(deplo
     prefix = "killed/"
     shards = deployment.dataset("users", prefix, shards=6, rows=20, seed=4)
     deployment.stub.set(latency=0.25)
-    run_id = run(deployment, "one_task", prefix, wait=False)
+    run_id = deployment.run("one_task", prefix, wait=False)
 
     def manifests() -> list[str]:
         return [
@@ -168,9 +153,9 @@ def test_clearing_a_running_task_stops_it_within_five_seconds_and_the_next_try_f
     # Each request takes long: whoever waits for the ones in flight is killed instead of ending by itself.
     deployment.stub.set(latency=8.0)
     before = deployment.stub.stats()["requests"]
-    run_id = run(deployment, "one_task", prefix, wait=False)
+    run_id = deployment.run("one_task", prefix, wait=False)
     deployment.wait_for(lambda: deployment.stub.stats()["requests"] > before, "the first requests")
-    clear(deployment, "one_task", run_id)
+    deployment.clear("one_task", run_id)
     deployment.wait_for(lambda: deployment.stub.stats()["in_flight"] == 0, "the requests to be dropped", 60)
     assert not [key for key in deployment.keys("users", f"out/{prefix}") if "/_vlm/" not in key]
     deployment.stub.set(latency=0.0)
@@ -198,46 +183,6 @@ def test_a_wrong_key_fails_at_once_without_retries_and_stays_secret(deployment):
     assert API_KEY not in everything
 
 
-def test_a_backfill_over_three_days_tags_each_days_own_images(deployment):
-    days = ["2026-03-01", "2026-03-02", "2026-03-03"]
-    for number, day in enumerate(days):
-        deployment.dataset("datasets", f"images/{day}/", shards=2, rows=8, seed=100 + number)
-    airflow = deployment.airflow
-    deployment.wait_for(
-        lambda: any(dag["dag_id"] == "nightly_image_tagging" for dag in airflow.api("GET", "dags")["dags"]),
-        "the nightly DAG to be parsed",
-    )
-    airflow.api("PATCH", "dags/nightly_image_tagging", {"is_paused": False})
-    create = ("--dag-id", "nightly_image_tagging", "--from-date", days[0], "--to-date", days[-1])
-    create_backfill(deployment, *create)
-
-    def runs() -> list[dict]:
-        return airflow.api("GET", "dags/nightly_image_tagging/dagRuns", params={"limit": 50})["dag_runs"]
-
-    def ended() -> list[dict] | None:
-        found = [each for each in runs() if each["run_type"] == "backfill"]
-        return found if len(found) == 3 and all(r["state"] in ("success", "failed") for r in found) else None
-
-    found = deployment.wait_for(ended, "three backfill runs", 300)
-    assert [each["state"] for each in found] == ["success"] * 3
-    for day in days:
-        for shard in ("part-00.jsonl", "part-01.jsonl"):
-            for row in deployment.rows("datasets", f"images-tagged/{day}/{shard}"):
-                picture = deployment.pictures[f"datasets/images/{day}/{row['images'][0]}"]
-                assert tags(row)[0][0] == tag_of(picture)
-
-    deployment.wait_for(lambda: not open_backfills(deployment), "the backfill to be closed")
-    # Once more over the same days: every shard is done, so nothing is asked.
-    requests = deployment.stub.stats()["requests"]
-    create_backfill(deployment, *create, "--reprocess-behavior", "completed")
-    time.sleep(3)
-    found = deployment.wait_for(ended, "the same three runs again", 300)
-    assert [each["state"] for each in found] == ["success"] * 3
-    assert deployment.stub.stats()["requests"] == requests
-    summary = airflow.xcom("nightly_image_tagging", found[0]["dag_run_id"], "summary")
-    assert (summary["rows_in"], summary["cached"], summary["requests"]) == (16, 16, 0)
-
-
 def test_a_night_without_shards_is_a_failed_run_and_not_a_green_one(deployment):
     deployment.put("datasets", "images/2026-04-01/picture.png", b"no shard")
     run_id = deployment.airflow.trigger_dag("nightly_image_tagging", {"day": "2026-04-01"})
@@ -245,41 +190,3 @@ def test_a_night_without_shards_is_a_failed_run_and_not_a_green_one(deployment):
     log = deployment.airflow.task_log("nightly_image_tagging", run_id, "plan")
     assert "holds no shards" in log
     assert "There is no plan" in deployment.airflow.task_log("nightly_image_tagging", run_id, "summary")
-
-
-def open_backfills(deployment: Deployment) -> list[int]:
-    listed = deployment.airflow.api("GET", "backfills", params={"dag_id": "nightly_image_tagging"})[
-        "backfills"
-    ]
-    return [each["id"] for each in listed if not each["completed_at"]]
-
-
-def create_backfill(deployment: Deployment, *options: str) -> None:
-    """Run ``airflow backfill create``, again if it meets a lock of the scheduler's on SQLite.
-
-    Airflow undoes a backfill that it could not create because of a lock, so that its user can try again.
-    """
-    for attempt in range(6):
-        try:
-            deployment.airflow.cli("backfill", "create", *options)
-            return
-        except AirflowError as error:
-            if "database is locked" not in str(error) or attempt == 5:
-                raise
-        time.sleep(2)
-        for backfill in open_backfills(deployment):
-            deployment.airflow.api("PUT", f"backfills/{backfill}/cancel")
-
-
-def clear(deployment: Deployment, dag_id: str, run_id: str) -> None:
-    deployment.airflow.api(
-        "POST",
-        f"dags/{dag_id}/clearTaskInstances",
-        {
-            "dry_run": False,
-            "dag_run_id": run_id,
-            "task_ids": ["tag"],
-            "only_failed": False,
-            "reset_dag_runs": True,
-        },
-    )

@@ -1,0 +1,186 @@
+"""What is done is not asked again: cleared runs, backfills over days that are done, and yesterday's pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import date, timedelta
+from typing import Any
+
+import pytest
+
+from demo.airflow_instance import AirflowError
+from tests.support.stub_endpoint import tag_of
+from tests.system.conftest import Deployment, Finished, tags
+
+pytestmark = pytest.mark.system
+
+NIGHTLY = "nightly_image_tagging"
+FIRST_DAY = date(2026, 3, 1)
+ROWS = 12
+
+
+def test_clearing_a_finished_run_through_the_rest_api_asks_nothing(deployment, finished):
+    airflow = deployment.airflow
+    asked = deployment.asked()
+    written = deployment.written("users", f"out/{finished.prefix}")
+    tries = plan_tries(deployment, finished)
+    deployment.clear("users_own", finished.run_id)
+    deployment.wait_for(lambda: plan_tries(deployment, finished) > tries, "the plan to be made again")
+    deployment.wait_for_success("users_own", finished.run_id)
+
+    assert deployment.asked() == asked
+    assert deployment.written("users", f"out/{finished.prefix}") == written
+    # Nothing is left to map over, and the plan says what there is.
+    assert airflow.xcom("users_own", finished.run_id, "plan") == []
+    done = airflow.xcom("users_own", finished.run_id, "plan", key="done")["tag"]
+    assert (done["shards"], done["rows_in"], done["failed"]) == (3, finished.rows, 1)
+    assert (done["cached"], done["ok"], done["requests"]) == (finished.rows - 1, 0, 0)
+
+
+def plan_tries(deployment: Deployment, finished: Finished) -> int:
+    (plan,) = (
+        each
+        for each in deployment.airflow.task_instances("users_own", finished.run_id)
+        if each["task_id"] == "plan"
+    )
+    return plan["try_number"] if plan["state"] == "success" else 0
+
+
+def test_a_backfill_over_seven_days_of_which_five_are_done_asks_for_two(deployment):
+    days = [str(FIRST_DAY + timedelta(days=number)) for number in range(8)]
+    for number, day in enumerate(days[:7]):
+        deployment.dataset("datasets", f"images/{day}/", shards=2, rows=ROWS, seed=100 + number)
+    airflow = deployment.airflow
+    deployment.wait_for(
+        lambda: any(dag["dag_id"] == NIGHTLY for dag in airflow.api("GET", "dags")["dags"]),
+        "the nightly DAG to be parsed",
+    )
+    airflow.api("PATCH", f"dags/{NIGHTLY}", {"is_paused": False})
+
+    asked = deployment.asked()
+    runs = backfill(deployment, days[0], days[4])
+    assert list(runs) == days[:5]
+    assert deployment.asked() - asked == 5 * 2 * ROWS
+    assert_tagged(deployment, days[:5])
+
+    # One picture is there twice on the sixth day.
+    again = deployment.rows("datasets", f"images/{days[5]}/part-00.jsonl")
+    again[1]["images"] = again[0]["images"]
+    deployment.put("datasets", f"images/{days[5]}/part-00.jsonl", lines(again))
+    asked = deployment.asked()
+    runs = backfill(deployment, days[0], days[6], "--reprocess-behavior", "completed")
+    assert list(runs) == days[:7]
+    assert deployment.asked() - asked == distinct(deployment, days[5:7]) == 2 * 2 * ROWS - 1
+    assert_tagged(deployment, days[:7])
+    for day in days[:5]:
+        assert airflow.xcom(NIGHTLY, runs[day], "plan") == []
+        assert counted(deployment, runs[day]) == {"rows_in": 2 * ROWS, "cached": 2 * ROWS, "ok": 0}
+    assert counted(deployment, runs[days[6]]) == {"rows_in": 2 * ROWS, "cached": 0, "ok": 2 * ROWS}
+
+    # The eighth day has the seventh's pictures under other names, in other shards.
+    move(deployment, days[6], days[7])
+    asked = deployment.asked()
+    run_id = airflow.trigger_dag(NIGHTLY, {"day": days[7], "max_tasks": 1})
+    deployment.wait_for_success(NIGHTLY, run_id)
+    assert deployment.asked() == asked
+    assert counted(deployment, run_id) == {"rows_in": 2 * ROWS, "cached": 2 * ROWS, "ok": 0}
+    assert_tagged(deployment, days[7:])
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def counted(deployment: Deployment, run_id: str) -> dict[str, int]:
+    summary = deployment.airflow.xcom(NIGHTLY, run_id, "summary")
+    assert summary["requests"] == summary["ok"]
+    return {name: summary[name] for name in ("rows_in", "cached", "ok")}
+
+
+def shards_of(deployment: Deployment, day: str) -> list[str]:
+    keys = deployment.keys("datasets", f"images/{day}/")
+    return [key.rpartition("/")[2] for key in keys if key.endswith(".jsonl")]
+
+
+def picture(deployment: Deployment, day: str, row: dict[str, Any]) -> bytes:
+    return deployment.pictures[f"datasets/images/{day}/{row['images'][0]}"]
+
+
+def distinct(deployment: Deployment, days: list[str]) -> int:
+    return len(
+        {
+            picture(deployment, day, row)
+            for day in days
+            for shard in shards_of(deployment, day)
+            for row in deployment.rows("datasets", f"images/{day}/{shard}")
+        }
+    )
+
+
+def assert_tagged(deployment: Deployment, days: list[str]) -> None:
+    """Each row of these days has the tags of its own picture."""
+    for day in days:
+        shards = shards_of(deployment, day)
+        assert shards
+        for shard in shards:
+            before = deployment.rows("datasets", f"images/{day}/{shard}")
+            after = deployment.rows("datasets", f"images-tagged/{day}/{shard}")
+            assert [row["id"] for row in after] == [row["id"] for row in before]
+            for row in after:
+                assert tags(row)[0][0] == tag_of(picture(deployment, day, row)), (day, shard)
+
+
+def move(deployment: Deployment, day: str, other: str) -> None:
+    """Put a day's pictures there as another day's: renamed, in reverse order, three shards instead of two."""
+    rows = [
+        row
+        for shard in shards_of(deployment, day)
+        for row in deployment.rows("datasets", f"images/{day}/{shard}")
+    ]
+    moved = []
+    for number, row in enumerate(reversed(rows)):
+        name = f"photos/{number}.png"
+        deployment.pictures[f"datasets/images/{other}/{name}"] = picture(deployment, day, row)
+        deployment.put("datasets", f"images/{other}/{name}", picture(deployment, day, row))
+        moved.append({"id": number, "images": [name], "text": "moved"})
+    third = len(moved) // 3
+    for number in range(3):
+        part = moved[number * third : (number + 1) * third]
+        deployment.put("datasets", f"images/{other}/batch-{number}.jsonl", lines(part))
+
+
+def backfill(deployment: Deployment, first: str, last: str, *options: str) -> dict[str, str]:
+    """Run ``airflow backfill create`` and wait until all its runs have ended well; returns their ids by day."""
+    airflow = deployment.airflow
+    # One task a day: what is under test is what they ask for, not how they share it.
+    conf = json.dumps({"max_tasks": 1})
+    dates = ("--dag-id", NIGHTLY, "--from-date", first, "--to-date", last)
+    create_backfill(deployment, *dates, "--dag-run-conf", conf, "--max-active-runs", "4", *options)
+    deployment.wait_for(lambda: not open_backfills(deployment), "the backfill to end", 600)
+    runs = airflow.api("GET", f"dags/{NIGHTLY}/dagRuns", params={"limit": 100})["dag_runs"]
+    found = {each["logical_date"][:10]: each for each in runs if each["run_type"] == "backfill"}
+    assert {each["state"] for each in found.values()} == {"success"}, found
+    return {day: found[day]["dag_run_id"] for day in sorted(found)}
+
+
+def open_backfills(deployment: Deployment) -> list[int]:
+    listed = deployment.airflow.api("GET", "backfills", params={"dag_id": NIGHTLY})["backfills"]
+    return [each["id"] for each in listed if not each["completed_at"]]
+
+
+def create_backfill(deployment: Deployment, *options: str) -> None:
+    """Run ``airflow backfill create``, again if it meets a lock of the scheduler's on SQLite.
+
+    Airflow undoes a backfill that it could not create because of a lock, so that its user can try again.
+    """
+    for attempt in range(6):
+        try:
+            deployment.airflow.cli("backfill", "create", *options)
+            return
+        except AirflowError as error:
+            if "database is locked" not in str(error) or attempt == 5:
+                raise
+        time.sleep(2)
+        for each in open_backfills(deployment):
+            deployment.airflow.api("PUT", f"backfills/{each}/cancel")
