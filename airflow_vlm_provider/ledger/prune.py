@@ -156,5 +156,7 @@ def _needed(files: Files, place: Place) -> frozenset[str]:
     # Of two attempts that were alive at once, the first may have committed after the second had put everything into a
     # segment of its own: the answers are all there, but not where the manifest says.
     if missing := needed - {each.name for each in files.list(f"{folder}/journal")}:
-        raise ValueError(f"It names {min(missing)}, which is not there; another segment may have its answers.")
+        raise ValueError(
+            f"It names {min(missing)}, which is not there; another segment may have its answers."
+        )
     return needed
