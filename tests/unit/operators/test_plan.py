@@ -199,15 +199,12 @@ def test_an_operators_own_params_count_for_its_templates(place):
 
 
 def test_of_several_operators_each_must_have_done_a_shard(place):
-    plan = mapped(
-        place,
-        {"task_id": "one"},
-        {"task_id": "two", "tag_field_name": "second", "destination": str(place / "second")},
-    )
+    second = {"tag_field_name": "second", "destination": str(place / "second")}
+    one, two = {"task_id": "one"}, {"task_id": "two", **second}
     tag(place, *NAMES)
-    assert run(plan) == NAMES
-    tag(place, "b.jsonl", tag_field_name="second", destination=str(place / "second"))
-    assert run(plan) == ["a.jsonl", "c.jsonl"]
+    assert run(mapped(place, one, two)) == run(mapped(place, two, one)) == NAMES
+    tag(place, "b.jsonl", **second)
+    assert run(mapped(place, one, two)) == run(mapped(place, two, one)) == ["a.jsonl", "c.jsonl"]
 
 
 def test_one_steps_output_is_the_next_ones_source(place):
