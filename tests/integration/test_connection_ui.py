@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Error, Locator, Page, Response, expect, sync_playwright
+from playwright.sync_api import Browser, Error, Locator, Page, Response, expect
 
 from airflow_vlm_provider.get_provider_info import get_provider_info
 from airflow_vlm_provider.hooks.settings import VLMSettings, parse_settings
 from demo.airflow_instance import AirflowInstance, start_airflow
+from tests.support.browser import start_browser
 from tests.support.stub_endpoint import start_stub
 
 pytestmark = pytest.mark.integration
@@ -89,17 +88,8 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AirflowInstanc
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        why = "Chromium is not installed (on Debian: apt-get install chromium)."
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    with sync_playwright() as playwright:
-        # Chromium's sandbox does not work for root, who runs tests in most containers.
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with start_browser() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
