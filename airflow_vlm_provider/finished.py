@@ -8,7 +8,7 @@ then looks for itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -26,28 +26,39 @@ log = logging.getLogger(__name__)
 MEDIA_THREADS = 16
 
 
-def finished(runner: ShardRunner, shards: Sequence[ObjectInfo]) -> dict[str, CommitEntry]:
-    """Return those of the shards for which a runner has nothing left to do. Blocks on the stores.
+def standing_commits(runner: ShardRunner) -> dict[str, CommitEntry]:
+    """Return the commits by which a runner may have nothing left to do, by the names of their shards.
 
-    The files of the commit index are merged by the way, if there are many.
-
-    :param shards: Shards in the runner's source, as they are now.
-    :return: By name, with the commits that say so.
+    Of these only the inputs are still to be looked at. The files of the commit index are merged by the way, if there
+    are many. Blocks on the destination.
     """
     if runner.overwrite and not runner.failed_only:
         return {}
     entries = CommitIndex(runner.destination, step=runner.step.name).merge()
-    known = [(shard, entries[shard.name]) for shard in shards if shard.name in entries]
     if runner.failed_only:
-        return {shard.name: entry for shard, entry in known if not _has_letters(runner, entry)}
-    settled = [entry for shard, entry in known if _is_settled(runner, entry, shard)]
+        return {name: entry for name, entry in entries.items() if not _has_letters(runner, entry)}
+    settled = [entry for entry in entries.values() if _is_settled(runner, entry)]
     outputs = dict(runner.destination.stat_many(sorted({entry.output_name for entry in settled})))
-    done = {
+    return {
         entry.shard: entry
         for entry in settled
         if (output := outputs[entry.output_name]) is not None and output.identity == entry.output
     }
-    if not runner.trust_media:
+
+
+def finished(
+    runner: ShardRunner, commits: Mapping[str, CommitEntry], shards: Iterable[ObjectInfo]
+) -> dict[str, CommitEntry]:
+    """Return those of the shards for which a runner has nothing left to do, by name. Blocks on the stores.
+
+    :param commits: What :func:`standing_commits` returned.
+    :param shards: Shards in the runner's source, as they are now.
+    """
+    known = [(shard, commits[shard.name]) for shard in shards if shard.name in commits]
+    done = {
+        entry.shard: entry for shard, entry in known if runner.failed_only or entry.input == shard.identity
+    }
+    if not runner.trust_media and not runner.failed_only:
         for name in _with_replaced_media(runner, [name for name, entry in done.items() if entry.media]):
             del done[name]
     return done
@@ -57,13 +68,9 @@ def _has_letters(runner: ShardRunner, entry: CommitEntry) -> bool:
     return entry.failed > 0 and (runner.kinds is None or not runner.kinds.isdisjoint(entry.kinds))
 
 
-def _is_settled(runner: ShardRunner, entry: CommitEntry, shard: ObjectInfo) -> bool:
-    return (
-        entry.fingerprint == runner.fingerprint
-        and entry.input == shard.identity
-        and is_settled(
-            entry.kinds, failed=entry.failed, rows_in=entry.rows_in, max_error_rate=runner.max_error_rate
-        )
+def _is_settled(runner: ShardRunner, entry: CommitEntry) -> bool:
+    return entry.fingerprint == runner.fingerprint and is_settled(
+        entry.kinds, failed=entry.failed, rows_in=entry.rows_in, max_error_rate=runner.max_error_rate
     )
 
 

@@ -6,8 +6,10 @@ import fnmatch
 import heapq
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from airflow.sdk import BaseOperator, conf
 from airflow.sdk.exceptions import AirflowFailException
@@ -32,6 +34,15 @@ SHARD_OVERHEAD_BYTES = 64 * 1024
 # Up to here, a plan is what it returns; XCom lies in Airflow's database, and each mapped task reads all of it.
 MAX_LISTED_SHARDS = 1000
 MAX_LISTED_BYTES = 48 * 1024
+
+
+class _Looked(NamedTuple):
+    """What an operator's ledger says, before its shards are known."""
+
+    operator: ShardOperator
+    storage: Storage
+    runner: ShardRunner
+    standing: dict[str, CommitEntry]
 
 
 class PlanShardsOperator(BaseOperator):
@@ -103,9 +114,12 @@ class PlanShardsOperator(BaseOperator):
                     f"max_tasks={max_tasks} is more than Airflow maps over at most ({limit}). Lower max_tasks, or "
                     "raise [core] max_map_length."
                 )
-            store, shards = self._find()
             operators, untold = self._dependants(context)
-            done, summaries = self._done(operators, untold, store, shards)
+            with ThreadPoolExecutor(1, thread_name_prefix="vlm-plan") as threads:
+                # While the source is listed: each takes as long as the other when everything is done.
+                looking = threads.submit(copy_context().run, self._look, operators, untold)
+                store, shards = self._find()
+            done, summaries = self._done(looking, store, shards)
             if done:
                 context["ti"].xcom_push(key="done", value=summaries)
             groups = deal((shard for shard in shards if shard.name not in done), max_tasks)
@@ -142,42 +156,50 @@ class PlanShardsOperator(BaseOperator):
             return operators, str(error)
         return operators, None
 
+    def _look(self, operators: Sequence[ShardOperator], untold: str | None) -> list[_Looked]:
+        """What each operator's ledger says.
+
+        :raises UntoldError: there may be other operators.
+        """
+        from airflow_vlm_provider.finished import standing_commits
+
+        looked: list[_Looked] = []
+        if not self.skip_done:
+            return looked
+        if untold is not None:
+            raise UntoldError(untold)
+        for operator in operators:
+            storage = storage_of(operator)
+            source, _ = storage.locate(operator.source)
+            runner, _ = make_runner(operator, source=source, storage=storage, written_by={})
+            looked.append(_Looked(operator, storage, runner, standing_commits(runner)))
+        return looked
+
     def _done(
-        self, operators: Sequence[ShardOperator], untold: str | None, store: Store, shards: list[ObjectInfo]
+        self, looking: Future[list[_Looked]], store: Store, shards: list[ObjectInfo]
     ) -> tuple[set[str], dict[str, dict[str, Any]]]:
         """The names of the shards for which no operator has anything left to do, and their sums by task id."""
         from airflow_vlm_provider.finished import finished
 
-        if not self.skip_done:
-            return set(), {}
         done = {shard.name for shard in shards}
         commits: dict[str, dict[str, CommitEntry]] = {}
-        runners = []
         try:
-            if untold is not None:
-                raise UntoldError(untold)
-            for operator in operators:
-                runner, own = self._runner(operator, store, shards)
-                found = finished(runner, [shard for shard in own if shard.name in done])
+            for operator, storage, runner, standing in (looked := looking.result()):
+                own = shards
+                if runner.source.uri != store.uri:
+                    # One step's output is the next one's source.
+                    _, own = find_shards(operator.source, storage=storage)
+                found = finished(runner, standing, (shard for shard in own if shard.name in done))
                 done = set(found)
                 commits[operator.task_id] = found
-                runners.append(runner)
         except Exception as error:
             self.log.info("Nothing is left out of the plan for being done already, because %s", error)
             return set(), {}
+        if not commits:
+            return set(), {}
         if len(done) < len(shards):
-            self._merge_keys(runners)
+            self._merge_keys(each.runner for each in looked)
         return done, {task_id: _summary(found[name] for name in done) for task_id, found in commits.items()}
-
-    def _runner(
-        self, operator: ShardOperator, store: Store, shards: list[ObjectInfo]
-    ) -> tuple[ShardRunner, list[ObjectInfo]]:
-        """What would take an operator's shards through its step, and the shards as they are in its own source."""
-        storage = storage_of(operator)
-        if operator.source != self.source:
-            # One step's output is the next one's source.
-            store, shards = find_shards(operator.source, storage=storage)
-        return make_runner(operator, source=store, storage=storage, written_by={})[0], shards
 
     def _merge_keys(self, runners: Iterable[ShardRunner]) -> None:
         """Merge the files of the key indexes, if there are many, before many tasks read them."""

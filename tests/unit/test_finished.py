@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from airflow_vlm_provider.errors import SampleError
-from airflow_vlm_provider.finished import finished
+from airflow_vlm_provider.finished import finished, standing_commits
 from airflow_vlm_provider.ledger.media_memory import FILE_NAME
 from tests.support.fakes import CaptionStep, ScriptedEngine
 from tests.support.place import Place
@@ -32,7 +32,7 @@ def shards(place):
 def check(place, shards, *, done, step=None, **options):
     """What the index tells is expected, and what the manifests tell, too."""
     runner = place.runner(ScriptedEngine(), step, **options)
-    assert set(finished(runner, shards)) == set(done)
+    assert set(finished(runner, standing_commits(runner), shards)) == set(done)
     assert {shard.name for shard in shards if runner.committed(shard) is not None} == set(done)
 
 
@@ -117,4 +117,5 @@ def test_only_shards_with_dead_letters_are_left_to_a_redrive(place, shards):
 
 def test_what_a_redrive_knows_nothing_of_is_left_to_its_task(place, shards):
     new = place.shard("new.jsonl", [{"text": "new"}])
-    assert set(finished(place.runner(ScriptedEngine(), failed_only=True), [*shards, new])) == set(NAMES)
+    runner = place.runner(ScriptedEngine(), failed_only=True)
+    assert set(finished(runner, standing_commits(runner), [*shards, new])) == set(NAMES)
