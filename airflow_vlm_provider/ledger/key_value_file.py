@@ -2,12 +2,15 @@
 
 Invariants:
 
-- Memory stays within the page cache's bound, however many rows there are.
+- Memory stays within the page cache's bound and that of the rows that are yet to be written, however many there are.
 - Nothing is left behind, not even by a process that is killed: SQLite removes the file's name as soon as it is open.
 - A key has one value: the last that was put, or the one that ``choose`` chose.
 
 Values stand apart from the keys, in the order in which they came. Keys come in random order; in one tree with them,
 almost every row put would rewrite a page of some other rows.
+
+Rows that were put just now wait in memory until there are some hundred of them: one transaction for each would cost
+many times as much, and every call of SQLite makes the calling thread wait for the others.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from itertools import islice
 CACHE_KIB = 4 * 1024
 # Rows put, or read, before another thread gets its turn: a few milliseconds.
 TURN_ROWS = 500
+# Rows wait in memory until there are so many of them, or so many bytes.
+WAITING_ROWS = TURN_ROWS
+WAITING_BYTES = 1024 * 1024
 
 _TABLES = """
 CREATE TABLE rows (number INTEGER PRIMARY KEY, value BLOB NOT NULL);
@@ -44,6 +50,9 @@ class KeyValueFile:
 
     def __init__(self, *, choose: Callable[[bytes, bytes], bytes] | None = None) -> None:
         self._lock = threading.Lock()
+        self._choose = choose or _last
+        self._waiting: dict[bytes, bytes] = {}
+        self._waiting_bytes = 0
         self._count = 0
         # An empty name is a database of SQLite's own in a temporary file, which it writes once the cache is full.
         self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
@@ -64,29 +73,28 @@ class KeyValueFile:
         pairs = iter(pairs)
         while batch := list(islice(pairs, TURN_ROWS)):
             with self._turn() as database:
-                first = self._count
-                self._count += len(batch)
-                database.execute("BEGIN")
-                database.executemany(
-                    "INSERT INTO rows VALUES (?, ?)",
-                    ((number, value) for number, (_, value) in enumerate(batch, first)),
-                )
-                database.executemany(
-                    self._put, ((key, number) for number, (key, _) in enumerate(batch, first))
-                )
-                database.execute("COMMIT")
+                for key, value in batch:
+                    other = self._waiting.get(key)
+                    self._waiting[key] = value if other is None else self._choose(other, value)
+                    self._waiting_bytes += len(key) + len(value)
+                if len(self._waiting) >= WAITING_ROWS or self._waiting_bytes >= WAITING_BYTES:
+                    self._write_waiting(database)
 
     def get(self, key: bytes) -> bytes | None:
         """The key's value; None when it has none. Takes some microseconds."""
         with self._turn() as database:
-            row = database.execute(_GET, (key,)).fetchone()
-        return None if row is None else row[0]
+            waiting = self._waiting.get(key)
+            row = database.execute(_GET, (key,)).fetchone() if self._count else None
+        if row is None or waiting is None:
+            return waiting if row is None else row[0]
+        return self._choose(row[0], waiting)
 
     def items_sorted(self) -> Iterator[tuple[bytes, bytes]]:
         """Every key with its value, in the order of the keys; what is put meanwhile may or may not be among them."""
         last: bytes | int = -1  # SQLite sorts numbers before bytes
         while True:
             with self._turn() as database:
+                self._write_waiting(database)
                 batch = database.execute(_NEXT, (last, TURN_ROWS)).fetchall()
             if not batch:
                 return
@@ -95,6 +103,7 @@ class KeyValueFile:
 
     def __len__(self) -> int:
         with self._turn() as database:
+            self._write_waiting(database)
             count: int = database.execute("SELECT count(*) FROM keys").fetchone()[0]
         return count
 
@@ -102,6 +111,20 @@ class KeyValueFile:
         """Free the file. The table can't be used any more; closing it again does nothing."""
         with self._lock:
             self._database.close()
+
+    def _write_waiting(self, database: sqlite3.Connection) -> None:
+        if not self._waiting:
+            return
+        numbered = [(number, *pair) for number, pair in enumerate(self._waiting.items(), self._count)]
+        database.execute("BEGIN")
+        database.executemany(
+            "INSERT INTO rows VALUES (?, ?)", ((number, value) for number, _, value in numbered)
+        )
+        database.executemany(self._put, ((key, number) for number, key, _ in numbered))
+        database.execute("COMMIT")
+        self._count += len(numbered)
+        self._waiting.clear()
+        self._waiting_bytes = 0
 
     @contextmanager
     def _turn(self) -> Iterator[sqlite3.Connection]:
@@ -114,3 +137,7 @@ class KeyValueFile:
                     f"The temporary file of what is known can't be used ({error}). Free space where temporary "
                     "files are, or name another directory in TMPDIR.",
                 ) from error
+
+
+def _last(old: bytes, new: bytes) -> bytes:  # noqa: ARG001
+    return new

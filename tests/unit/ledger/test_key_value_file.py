@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
 
 KEYS = st.binary(max_size=3)
 VALUES = st.binary(max_size=8)
+# Rows are written one by one, a few at a time, or not before the end.
+WAITING = st.sampled_from([1, 3, key_value_file.WAITING_ROWS])
 BATCHES = st.lists(st.lists(st.tuples(KEYS, VALUES), max_size=6), max_size=8)
 
 # More than the cache holds, so that the file is really there.
@@ -58,27 +61,45 @@ def run(code: str, tmp: Path, *, kill: bool = False) -> str:
     return line.strip()
 
 
-@given(BATCHES)
-def test_it_holds_what_a_dict_would(batches):
-    table, model = KeyValueFile(), {}
-    for batch in batches:
-        table.put_many(batch)
-        model.update(batch)
-    assert len(table) == len(model)
-    assert list(table.items_sorted()) == sorted(model.items())
-    for key in {key for batch in batches for key, _ in batch} | {b"?"}:
-        assert table.get(key) == model.get(key)
-    table.close()
+@given(BATCHES, WAITING)
+def test_it_holds_what_a_dict_would(batches, waiting):
+    with mock.patch.object(key_value_file, "WAITING_ROWS", waiting):
+        table, model = KeyValueFile(), {}
+        for batch in batches:
+            table.put_many(batch)
+            model.update(batch)
+            for key in {key for batch in batches for key, _ in batch} | {b"?"}:
+                assert table.get(key) == model.get(key)
+        assert len(table) == len(model)
+        assert list(table.items_sorted()) == sorted(model.items())
+        table.close()
 
 
-@given(BATCHES)
-def test_of_several_values_it_keeps_the_chosen_one(batches):
-    table, model = KeyValueFile(choose=max), {}
-    for batch in batches:
-        table.put_many(batch)
-        for key, value in batch:
-            model[key] = max(value, model.get(key, value))
-    assert list(table.items_sorted()) == sorted(model.items())
+@given(BATCHES, WAITING)
+def test_of_several_values_it_keeps_the_chosen_one(batches, waiting):
+    with mock.patch.object(key_value_file, "WAITING_ROWS", waiting):
+        table, model = KeyValueFile(choose=max), {}
+        for batch in batches:
+            table.put_many(batch)
+            for key, value in batch:
+                model[key] = max(value, model.get(key, value))
+            assert {key: table.get(key) for key in model} == model
+        assert list(table.items_sorted()) == sorted(model.items())
+        table.close()
+
+
+@pytest.mark.parametrize(
+    ("bound", "size"), [("WAITING_ROWS", 1), ("WAITING_BYTES", key_value_file.WAITING_BYTES // 20)]
+)
+def test_what_waits_in_memory_is_bounded(bound, size):
+    table = KeyValueFile()
+    waiting = []
+    for number in range(3 * key_value_file.WAITING_ROWS):
+        table.put_many([(b"%d" % number, bytes(size))])
+        waiting.append(len(table._waiting))
+    assert waiting[-1] < len(waiting) // 2
+    assert max(waiting) == (key_value_file.WAITING_ROWS - 1 if bound == "WAITING_ROWS" else 19)
+    assert table.get(b"0") == table.get(b"%d" % number) == bytes(size)
     table.close()
 
 
