@@ -13,11 +13,18 @@ from typing import TYPE_CHECKING, Any
 from airflow_vlm_provider.answering import Answering
 from airflow_vlm_provider.errors import ANSWERED_KINDS, LASTING_KINDS, ConfigError, ShardError
 from airflow_vlm_provider.job import Job
-from airflow_vlm_provider.ledger.answers import Answers
+from airflow_vlm_provider.ledger.answers import READS, Answers
 from airflow_vlm_provider.ledger.changes import changes, say_changes
 from airflow_vlm_provider.ledger.commit_index import CommitIndex
+from airflow_vlm_provider.ledger.journal import READERS
 from airflow_vlm_provider.ledger.keys import RequestKeys
-from airflow_vlm_provider.ledger.manifest import Manifest, fingerprint, ledger_folder, load_manifest
+from airflow_vlm_provider.ledger.manifest import (
+    Manifest,
+    fingerprint,
+    is_too_many,
+    ledger_folder,
+    load_manifest,
+)
 from airflow_vlm_provider.ledger.media_memory import MediaMemory
 from airflow_vlm_provider.ledger.write_behind import FlushPolicy, Window
 from airflow_vlm_provider.progress import Progress
@@ -48,7 +55,9 @@ def is_settled(kinds: Mapping[str, int], *, failed: int, rows_in: int, max_error
     :param rows_in: Of how many.
     :param max_error_rate: Share of failed rows that the author accepts.
     """
-    return set(kinds) <= LASTING_KINDS | ANSWERED_KINDS and failed <= max_error_rate * rows_in
+    return set(kinds) <= LASTING_KINDS | ANSWERED_KINDS and not is_too_many(
+        failed, rows_in=rows_in, max_error_rate=max_error_rate
+    )
 
 
 class ShardRunner:
@@ -154,8 +163,12 @@ class ShardRunner:
         """Whether a manifest is about this very shard and this very question, and its output is still there."""
         if manifest.fingerprint != self.fingerprint or manifest.input.get("identity") != shard.identity:
             return False
-        name = manifest.output.get("uri", "").removeprefix(self.destination.uri)
+        uri = manifest.output.get("uri", "")
+        if not uri.startswith(self.destination.uri):
+            # The ledger was moved or copied here. Its answers count, but which output is whose is not known.
+            return False
         try:
+            name = uri.removeprefix(self.destination.uri)
             return manifest.output.get("identity") == self.destination.stat(name).identity
         except FileNotFoundError:
             return False
@@ -206,12 +219,15 @@ class ShardRunner:
         """
         self.progress = Progress(shards=len(shards), total_bytes=sum(shard.size for shard in shards))
         threads = ThreadPoolExecutor(self._thread_count(), thread_name_prefix="vlm-io")
-        writers = ThreadPoolExecutor(2 * OPEN_SHARDS, thread_name_prefix="vlm-ledger")
+        # A shard writes rows and answers at once, and the one that is being opened reads its journal besides.
+        writers = ThreadPoolExecutor(2 * OPEN_SHARDS + READERS, thread_name_prefix="vlm-ledger")
+        # Not the writers: what was paid for must not wait behind other journals that are slow to come.
+        readers = ThreadPoolExecutor(READS, thread_name_prefix="vlm-answers")
         answers = Answers(
             destination=self.destination,
             reuse=self.reuse,
             step=self.step.name,
-            in_thread=partial(_in_thread, writers),
+            in_thread=partial(_in_thread, readers),
         )
         try:
             await _in_thread(
@@ -222,7 +238,7 @@ class ShardRunner:
             return await self._run_all(self._job(answers, threads, writers), shards)
         finally:
             await answers.close()
-            for each in (threads, writers):
+            for each in (threads, writers, readers):
                 each.shutdown(wait=False, cancel_futures=True)
 
     def _job(self, answers: Answers, threads: Executor, writers: Executor) -> Job:

@@ -13,7 +13,7 @@ whose next run finds all answers:
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,12 +22,19 @@ from airflow_vlm_provider.errors import ANSWERED_KINDS, ShardError
 from airflow_vlm_provider.ledger.commit_index import CommitEntry
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters, load_dead_letters
 from airflow_vlm_provider.ledger.journal import ShardJournal
-from airflow_vlm_provider.ledger.manifest import Counts, Manifest, ledger_folder, save_manifest
+from airflow_vlm_provider.ledger.manifest import (
+    Counts,
+    Manifest,
+    is_too_many,
+    ledger_folder,
+    save_manifest,
+)
 from airflow_vlm_provider.ledger.media_memory import MediaMemory, MediaRecorder
 from airflow_vlm_provider.types import Outcome
 
 if TYPE_CHECKING:
     from airflow_vlm_provider.job import Job
+    from airflow_vlm_provider.shard_output import ShardOutput
     from airflow_vlm_provider.shards.stores import ObjectInfo
 
 T = TypeVar("T")
@@ -98,8 +105,12 @@ class ShardLedger:
         """Whether answers that a sample failed for are asked for once more: on demand, or since too many did."""
         if self._job.failed_only:
             return True
-        counts = None if self._before is None else self._before.counts
-        return counts is not None and counts.failed > self._job.max_error_rate * counts.rows_in
+        before = self._before
+        # When something else is made of the answers now, those that are there may do.
+        if before is None or before.fingerprint != self._job.fingerprint:
+            return False
+        counts = before.counts
+        return is_too_many(counts.failed, rows_in=counts.rows_in, max_error_rate=self._job.max_error_rate)
 
     def add(self, outcome: Outcome, *, rows_out: int) -> None:
         """Count one row's end, and keep its dead letter if it is one."""
@@ -107,12 +118,12 @@ class ShardLedger:
             self.dead.add(outcome, outcome.keys)
         self.counts.add(outcome, rows_out=rows_out)
 
-    def commit(self, output: ExitStack, output_name: str, started: datetime) -> Manifest:
+    def commit(self, output: ShardOutput, started: datetime) -> Manifest:
         """Commit the shard; everything was answered and flushed. Blocks.
 
-        :param output: Makes the output visible when it is closed.
         :raises UnaccountedError: rows are missing.
         :raises ShardError: the shard was replaced meanwhile.
+        :raises DroppedError: the run was stopped meanwhile.
         """
         job, shard, step = self._job, self._shard.name, self._job.step.name
         self.counts.check()
@@ -127,7 +138,7 @@ class ShardLedger:
         for segment in (each for each in segments if each not in known):
             name = f"{ledger_folder(shard, step)}/{segment}"
             job.answers.index.add(name, self.journal.consolidated_keys(segment))
-        output.close()
+        identity = output.publish()
         errors = self.dead.save(job.destination, shard, step)
         media = self.recorder.save(job.destination, shard, step)
         manifest = Manifest(
@@ -135,10 +146,7 @@ class ShardLedger:
             model=job.model,
             fingerprint=job.fingerprint,
             input={"uri": job.source.uri + shard, "identity": self._shard.identity},
-            output={
-                "uri": job.destination.uri + output_name,
-                "identity": job.destination.stat(output_name).identity,
-            },
+            output={"uri": job.destination.uri + output.name, "identity": identity},
             errors=None if errors is None else job.destination.uri + errors,
             started_at=started.isoformat(timespec="seconds"),
             finished_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
@@ -150,7 +158,7 @@ class ShardLedger:
             written_by=job.written_by,
         )
         save_manifest(job.destination, shard, step, manifest)
-        job.commits.add([commit_entry(manifest, shard, output_name)])
+        job.commits.add([commit_entry(manifest, shard, output.name)])
         self.journal.retire()
         return manifest
 

@@ -10,7 +10,7 @@ Everything that blocks (reading, media, writing, committing) happens in threads;
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -22,8 +22,8 @@ from airflow_vlm_provider.ledger.manifest import Manifest
 from airflow_vlm_provider.progress import CountingReader
 from airflow_vlm_provider.sample_run import Redrive, SampleRunner
 from airflow_vlm_provider.shard_ledger import ShardLedger
+from airflow_vlm_provider.shard_output import ShardOutput
 from airflow_vlm_provider.shards.formats import RowWriter, ShardReader, shard_format
-from airflow_vlm_provider.shards.sidecar import SidecarWriter, sidecar_name
 from airflow_vlm_provider.shards.stores import StoreError
 from airflow_vlm_provider.types import Outcome, Sample
 
@@ -54,8 +54,7 @@ class ShardRun:
         self.shard = shard
         self.ledger = ShardLedger(job, shard, before, in_thread=self._in_thread, on_failure=self._fail)
         self.input = ExitStack()
-        self.output = ExitStack()
-        self.output_name = shard.name
+        self.output = ShardOutput(job, shard.name)
         self.tasks: asyncio.Queue[asyncio.Task[Outcome] | None] = asyncio.Queue(maxsize=BACKLOG_ROWS)
         self.backlog_bytes = 0
         self.drained = asyncio.Event()
@@ -70,27 +69,23 @@ class ShardRun:
         try:
             await self.ledger.open()
             reader = await self._in_thread(self._open_input)
-            # On an exit stack and not in a `with`, because leaving it is the commit: slow, and so done in a thread.
-            rows = await self._in_thread(lambda: self._open_output(reader))
+            rows = await self._in_thread(lambda: self.output.open(reader))
             self.reading = asyncio.create_task(self._read(reader))
             self.reading.add_done_callback(lambda _: when_read())
             self.writing = asyncio.create_task(self._write(rows))
             # Shielded, so that a cancellation comes here first and stops the sending, and not to a write that blocks.
             await asyncio.shield(self.writing)
             await self.ledger.journal.flush()
-            manifest = await self._in_thread(
-                lambda: self.ledger.commit(self.output, self.output_name, started)
-            )
+            manifest = await self._in_thread(lambda: self.ledger.commit(self.output, started))
             await self.ledger.journal.close()
             self.job.progress.shards_done += 1
             return manifest
         except BaseException as error:
-            await self._stop()
+            # When one shard fails, or several at once, the others are cancelled, also those that are stopping already.
+            await _to_its_end(self._stop())
             if isinstance(error, asyncio.CancelledError) and self.failure is not None:
                 error = self.failure
-            # The stores drop what was written when they see an exception, and that is quick.
-            with suppress(BaseException):
-                self.output.__exit__(type(error), error, error.__traceback__)
+            self.output.drop(error)
             raise error from None
         finally:
             if self.reading is None:
@@ -118,17 +113,6 @@ class ShardRun:
                 "or run that step with output='full', and its destination can be a source."
             )
         return reader
-
-    def _open_output(self, reader: ShardReader) -> RowWriter:
-        job, generated = self.job, self.job.step.generated()
-        if job.output == "sidecar" or (job.output is None and reader.embeds_media):
-            self.output_name = sidecar_name(self.shard.name)
-            stream = self.output.enter_context(job.destination.create(self.output_name))
-            return self.output.enter_context(
-                SidecarWriter(stream, generated=generated, shard=self.shard.name)
-            )
-        stream = self.output.enter_context(job.destination.create(self.output_name))
-        return self.output.enter_context(reader.writer(stream, generated=generated))
 
     def _unreadable(self, error: Exception) -> ShardError:
         return ShardError(f"{self.job.source.uri}{self.shard.name} can't be read: {error}")
@@ -262,8 +246,24 @@ class ShardRun:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
+            # It may go on without anybody who looks at its end.
+            future.add_done_callback(_seen)
             await asyncio.wait([future], timeout=STOP_SECONDS)
             raise
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for what takes a few seconds at most and must not be cut short, though who waits is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait((task,))
+    task.result()
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 def _batch(samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -162,6 +162,12 @@ class Manifest:
         return cls(counts=Counts(**counts), written_by=rest, **own)
 
 
+def is_too_many(failed: int, *, rows_in: int, max_error_rate: float) -> bool:
+    """Whether more rows failed than an author accepts."""
+    # Divided, because 0.29 * 100 is less than 29.
+    return failed > 0 and failed / rows_in > max_error_rate
+
+
 def ledger_folder(shard: str, step: str) -> str:
     """The folder of a shard's ledger under the destination."""
     return f"_vlm/{shard}/{step}"
