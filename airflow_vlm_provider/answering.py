@@ -50,13 +50,16 @@ class Answering:
         # Settled with the journal's line, the sample's own error, or None when whoever asked was stopped.
         self._in_flight: dict[str, asyncio.Future[bytes | SampleError | None]] = {}
         self._anew: dict[str, int] = {}
+        self._renewed: set[str] = set()
 
     def ask_anew(self, rounds: Mapping[str, int]) -> None:
         """Don't take these keys' answers from what is known: a sample failed for them.
 
+        Once is enough: what this task has asked anew for one shard, it does not ask anew for another.
+
         :param rounds: How often each was asked before; a request that draws its answer draws it with another seed.
         """
-        self._anew.update(rounds)
+        self._anew.update((key, number) for key, number in rounds.items() if key not in self._renewed)
 
     def knows(self, key: str) -> bool:
         """Whether :meth:`answer` will most likely not ask. For any thread."""
@@ -75,7 +78,9 @@ class Answering:
         :raises SampleError: it can't be answered for its own sake.
         """
         while True:
-            if key not in self._anew and (line := await self._answers.get(key)) is not None:
+            # A sample that may only take what is known takes the answer that its output was made of.
+            known = not ask or key not in self._anew
+            if known and (line := await self._answers.get(key)) is not None:
                 journal.use(line)
                 return Given(answer_of(line), fresh=False)
             if not ask:
@@ -103,10 +108,11 @@ class Answering:
                 request = _drawn_anew(request, rounds)
             answer = await self._engine.ask(request)
             line = to_line(key, answer, time=datetime.now(timezone.utc))
-            await journal.append(line)
-            self._answers.put([line])
-            self._anew.pop(key, None)
-            settled = line
+            try:
+                await journal.append(line)
+            finally:
+                # Who asked may have been stopped, but the line is kept to be saved: nobody has to ask again.
+                settled = self._know(key, line)
             return Given(answer, fresh=True)
         except SampleError as error:
             settled = error
@@ -115,10 +121,16 @@ class Answering:
             del self._in_flight[key]
             shared.set_result(settled)
 
+    def _know(self, key: str, line: bytes) -> bytes:
+        self._answers.put([line])
+        if self._anew.pop(key, None) is not None:
+            self._renewed.add(key)
+        return line
+
 
 def _drawn_anew(request: Request, rounds: int) -> Request:
     """The same request with another seed; where nothing is drawn (temperature 0) it stays as it is."""
     if request.sampling.get("temperature") == 0:
         return request
-    seed = request.sampling.get("seed", 0) + SEEDS_APART * rounds
+    seed = (request.sampling.get("seed") or 0) + SEEDS_APART * rounds
     return replace(request, sampling={**request.sampling, "seed": seed})

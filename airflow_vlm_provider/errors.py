@@ -15,7 +15,8 @@ No message may hold a secret: they are logged, and written to ``errors.jsonl`` a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copyreg
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from airflow_vlm_provider.types import Looked
@@ -63,6 +64,10 @@ class SampleError(VLMError):
         self.media = media
         self.attempts = attempts
         self.looked = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is copied by calling its class with its message, which is not what this one is made of.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class TransientError(SampleError):
