@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -92,6 +93,9 @@ class SampleRunner:
                 raise SampleError("malformed_row", sample.error or "the row could not be read")
             ask = self.redrive is None or self.redrive.check(sample)
             return await self._drive(sample, _Asked(ask=ask))
+        except NotTriedAgainError as error:
+            self._keep_record(sample)
+            return Outcome(sample, "failed", error=error)
         except SampleError as error:
             return Outcome(sample, "failed", error=error)
         except (VLMError, MemoryError, OSError) as error:
@@ -124,7 +128,7 @@ class SampleRunner:
         finally:
             run.close()
         if result.skipped:
-            return Outcome(sample, "skipped")
+            return Outcome(sample, "skipped", usage=asked.usage)
         status: Status = "cached" if asked.requests and not asked.fresh else "ok"
         return Outcome(sample, status, rows=result.rows, usage=asked.usage)
 
@@ -174,6 +178,20 @@ class SampleRunner:
             asked.fresh = True
             asked.usage += given.answer.usage
         return given.answer
+
+    def _keep_record(self, sample: Sample) -> None:
+        """Take down once more what the last commit saw of a sample's media, as changed as they may be since.
+
+        The sample is left alone, but the next run has to notice when its media are others than when it failed.
+        """
+        run = self.step.process(sample)
+        # What it asks first names its media. A step that fails before has seen none.
+        with contextlib.suppress(Exception):
+            for request in next(run):
+                for part in request.parts:
+                    if isinstance(part, MediaRef) and part.ref not in sample.embedded:
+                        self.recorder.keep(part.ref, self.remembered)
+        run.close()
 
     async def _in_thread(self, function: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self.threads, function)

@@ -108,6 +108,17 @@ class MediaRecorder:
         self._write({"ref": ref, "looked": looked, "digest": digest, "error": said})
         self.count += 1
 
+    def keep(self, ref: str, memory: MediaMemory) -> None:
+        """Take a medium down as the last commit did, without a look at whether it has changed.
+
+        :param memory: What that commit took down.
+        """
+        if memory.is_lost:
+            # No row has this reference, and no store this place: the record counts as changed.
+            self.add("", (("unknown:", ""),), error={"kind": "media_missing", "message": ""})
+        elif (was := memory.last(ref)) is not None:
+            self.add(ref, was.looked, was.digest, was.error)
+
     def save(self, files: Files, shard: str, step: str) -> str | None:
         """Write the record, whole or not at all.
 
@@ -208,18 +219,25 @@ class MediaMemory:
         An error is not recalled where identities are not to be had (http), unless everything is trusted: trying again
         is the only way to know.
         """
-        if self._table is None or not self._checked:
+        was = self.last(ref) if self._checked else None
+        if was is None or self._has_changed(was.looked):
             return None
-        line = self._table.get(_REFERENCE + _encoded(ref))
+        if was.error is not None and not self._trusted and any(identity == "" for _, identity in was.looked):
+            return None
+        return was
+
+    def last(self, ref: str) -> Remembered | None:
+        """Say what a reference was when the shard was committed; None when that was not taken down."""
+        line = None if self._table is None else self._table.get(_REFERENCE + _encoded(ref))
         if line is None:
             return None
         record = json.loads(line)
-        looked, error = _looked(record), record["error"]
-        if error is not None and not self._trusted and any(identity == "" for _, identity in looked):
-            return None
-        if self._has_changed(looked):
-            return None
-        return Remembered(digest=record["digest"], looked=looked, error=error)
+        return Remembered(digest=record["digest"], looked=_looked(record), error=record["error"])
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether there should be a record and it is of no use."""
+        return self._lost
 
     def close(self) -> None:
         """Free the files; nothing is known afterwards."""
