@@ -6,7 +6,8 @@ Invariants:
   another one meanwhile waits for the same read.
 - What the task's own shards know counts before what others do. Of several answers to a key that were put, the
   newest counts; of several segments, the newest one's.
-- What the key index names and can't be found, or is torn, is reported once and passed over. That storage can't be
+- What the key index names and is torn is reported once and passed over; what is gone was replaced since the index was
+  read, and what there is in its journal now is read in its place. That storage can't be
   reached is an error: to go on would be to pay again.
 - Answers are in temporary files. In memory are 20 bytes for each that the key indexes name, and 28 for each in the
   segments that were read.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from airflow_vlm_provider.errors import VLMError
@@ -150,12 +152,18 @@ class Answers:
             large = len(data) > LARGE_BYTES
             self._read.add(segment, iter_segment(data) if large else (read_segment(data),))
         except FileNotFoundError:
-            # A commit of its shard has replaced it, and the newer one is in the index too.
-            log.info("%s, which the index of answers names, is gone.", uri)
-            self._read.add(segment, ())
+            log.info("%s, which the index of answers names, is gone; its journal is read instead.", uri)
+            self._read.add(segment, _journal(files, name.rpartition("/")[0]))
         except VLMError as error:
             log.warning("%s is left out: %s Answers that only it holds are asked for again.", uri, error)
             self._read.add(segment, ())
+
+
+def _journal(files: Files, folder: str) -> Iterator[list[bytes]]:
+    """Yield the lines of all segments in a journal's folder, from the oldest to the newest."""
+    for info in sorted(files.list(folder), key=lambda info: info.name):
+        with suppress(FileNotFoundError, VLMError):
+            yield read_segment(files.read(info.name, max_bytes=MAX_FILE_BYTES))
 
 
 def _seen(task: asyncio.Task[None]) -> None:

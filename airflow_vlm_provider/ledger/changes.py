@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from airflow_vlm_provider.ledger.canonical import canonical
 from airflow_vlm_provider.ledger.manifest import Manifest
 
 # What people call them.
@@ -50,7 +51,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, asking: Iterab
     for group in ("step", "engine", "media", "output"):
         old, new = before.get(group) or {}, now.get(group) or {}
         for name in sorted({*old, *new}):
-            if old.get(name) != new.get(name):
+            if canonical(old.get(name)) != canonical(new.get(name)):
                 (asked if (group, name) in decisive else other).append(name)
     return Changes(tuple(asked), tuple(other))
 
