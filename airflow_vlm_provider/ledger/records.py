@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any, get_args
 
@@ -22,6 +21,9 @@ _BEGINNING = re.compile(
     rb'\{"key":"([0-9a-f]{32})",'
     rb'"time":"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}\+00:00)",'
 )
+# json.dumps() makes an encoder anew for every call that does not take its defaults.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+_USAGE = tuple(Usage.__dataclass_fields__)
 _FINISH_REASONS = frozenset(get_args(FinishReason))
 
 
@@ -38,11 +40,11 @@ def to_line(key: str, answer: Answer, *, time: datetime) -> bytes:
         "key": key,
         "time": time.astimezone(timezone.utc).isoformat(timespec="microseconds"),
         "model": answer.model,
-        "usage": asdict(answer.usage),
+        "usage": {name: getattr(answer.usage, name) for name in _USAGE},
         "choices": [{"text": each.text, "finish_reason": each.finish_reason} for each in answer.choices],
     }
     try:
-        line = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode()
+        line = _ENCODER.encode(record).encode()
     except UnicodeEncodeError:  # a surrogate, which UTF-8 has no bytes for
         line = json.dumps(record, separators=(",", ":")).encode()
     _begin(line)
@@ -91,7 +93,7 @@ def answer_of(line: bytes) -> Answer:
         return Answer(
             choices=tuple(_choice(each) for each in _checked(record["choices"], list)),
             model=_checked(record["model"], str),
-            usage=Usage(**{name: _checked(usage[name], int) for name in Usage.__dataclass_fields__}),
+            usage=Usage(**{name: _checked(usage[name], int) for name in _USAGE}),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _malformed(line) from error
