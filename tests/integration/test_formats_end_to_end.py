@@ -5,6 +5,8 @@ Whether something was asked is told by the endpoint itself, which also says of w
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import io
 import json
 import os
@@ -17,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +30,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from airflow_vlm_provider.cli.definition import get_vlm_cli_commands
+from airflow_vlm_provider.ledger.plans import PlanReference, save_plan
 from airflow_vlm_provider.operators.export import ExportDatasetOperator
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 from airflow_vlm_provider.operators.redrive import RedriveOperator
@@ -544,3 +549,133 @@ def test_all_formats_on_other_stores(world, elsewhere, tmp_path):
         bucket.put(f"in/{name}", data)
     assert world.tag_counted(bucket / "in", elsewhere / "again", reuse_from=f"{bucket}/out")[1] == 0
     assert (elsewhere / "again").everything() == out.everything()
+
+
+# ---------------------------------------------------------------- exports
+
+
+def test_exports_from_s3_and_from_a_plan(world, bucket, tmp_path):
+    for number in range(3):
+        bucket.put(f"in/day 1/img/{number}.png", picture(f"export-{number}"))
+    rows = [{"id": f"r{number}", "images": [f"img/{number}.png"]} for number in range(3)]
+    rows.append({"id": "two", "images": ["img/0.png", "img/1.png"]})
+    rows.append({"id": "gone", "images": ["img/9.png"]})
+    bucket.put("in/day 1/a.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode() + b"{\n")
+    bucket.put("in/day 2/b.tar.gz", packed(tar(("k/x.png", picture("export-4"))), ".tar.gz"))
+    world.tag(bucket / "in", bucket / "out", output="full")
+    groups = [["day 1/a.jsonl"], ["day 2/b.tar.gz"]]
+    name = save_plan((bucket / "out").store, groups)
+    plan = [str(PlanReference(f"{bucket}/out/", name, number, "a few")) for number in range(2)]
+
+    def export(file: str, form: str, **given: Any) -> dict[str, Any]:
+        given = {"source": f"{bucket}/out", "text_field": f"{META}.{FIELD}", **given}
+        target = f"{bucket}/sets/{file}"
+        return ExportDatasetOperator(task_id="e", format=form, destination=target, **given).execute(context())
+
+    base = f"{bucket}/in"
+    whole = export("llava.json", "llava", image_base=base)
+    # The row that can't be parsed stands in no output.
+    assert (whole["rows"], whole["records"], whole["rows_without_caption"]) == (6, 6, 1)
+    llava = json.loads(bucket.get("sets/llava.json"))
+    assert [each["id"] for each in llava] == ["r0", "r1", "r2", "two_0", "two_1", "k/x"]
+    assert llava[4]["image"] == f"{base}/day 1/img/1.png"
+    assert llava[4]["conversations"][1]["value"].startswith(tag_of(picture("export-1")))
+    assert llava[5]["image"] == f"{base}/day 2/k/x.png"
+    for each in llava[:5]:
+        assert bucket.get(each["image"].removeprefix(f"{bucket}/")), "an image that is there"
+
+    assert export("planned.json", "coco", shards=plan)["records"] == 6
+    coco = json.loads(bucket.get("sets/planned.json"))
+    by_id = {each["id"]: each["file_name"] for each in coco["images"]}
+    assert [by_id[each["image_id"]] for each in coco["annotations"]][3:] == [
+        *("day 1/img/0.png", "day 1/img/1.png", "day 2/k/x.png")
+    ]
+    assert export("one.tsv", "pairs", shards=plan[1])["records"] == 1
+    path = tmp_path / "one.tsv"
+    path.write_bytes(bucket.get("sets/one.tsv"))
+    (pair,) = pandas.read_csv(path, sep="\t").to_dict("records")
+    assert (pair["image"], pair["text"].split(", ")[0]) == ("day 2/k/x.png", tag_of(picture("export-4")))
+
+
+# ---------------------------------------------------------------- the ledger's commands
+
+
+def ledger(command: str, *argv: str) -> dict[str, Any]:
+    """What ``airflow vlm ledger`` prints for machines."""
+    (vlm,) = get_vlm_cli_commands()
+    (group,) = vlm.subcommands
+    (chosen,) = [each for each in group.subcommands if each.name == command]
+    parser = argparse.ArgumentParser()
+    for each in chosen.args:
+        each.add_to_parser(parser)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        chosen.func(parser.parse_args([*argv, "--output", "json"]))
+    return json.loads(out.getvalue())
+
+
+def test_after_several_runs_show_tells_the_truth_and_prune_leaves_what_is_needed(
+    world, tasks, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("_AIRFLOW_PROCESS_CONTEXT", "server")
+    source, out = Files(f"file://{tmp_path}/in"), Files(f"file://{tmp_path}/out")
+    shards = mixed_source(source, tmp_path, "pruned", rows=12)
+    refused = [tag_of(picture(f"pruned-{form}-3")).removeprefix("img-") for form in "hj"]
+    world.stub.set(image_faults=dict.fromkeys(refused, "refusal"))
+    old = {"input_template": "What is it?", "try_num": 1}
+    new = {"input_template": "What do you see?", "try_num": 1}
+    world.tag(source, out, **old)
+    world.stub.set(latency=0.05)
+    before = world.asked()
+    # An attempt that never committed, whose answers nobody refers to.
+    task = tasks.start(source=str(source), destination=str(out), **new)
+    while world.asked() - before < 30 and not task.ended():
+        time.sleep(0.01)
+    os.kill(task.pid, signal.SIGKILL)
+    assert task.wait() == -signal.SIGKILL, task.said()
+    world.stub.set(latency=0)
+    world.tag(source, out, **new)
+    world.tag(source, out, overwrite=True, **old)
+    world.tag(source, out, **new)
+
+    shown = ledger("show", str(out))
+    assert [each["shard"] for each in shown["shards"]] == shards
+    assert (shown["totals"][STEP]["rows_in"], shown["totals"][STEP]["failed"]) == (48, 2)
+    for shard in shards:
+        one = ledger("show", f"{out}/{shard}")
+        (step,) = one["steps"]
+        assert one["shard"] == shard
+        assert step["manifest"] == manifest(out, shard)
+        assert dict(step["dead_letters"]) == step["manifest"]["kinds"]
+        failed = [] if step["manifest"]["errors"] is None else [row for row, _ in letters(out, shard)]
+        assert [each["row"] for each in step["first_dead_letters"]] == failed
+        assert len(failed) == step["manifest"]["failed"]
+        listed = out.names(f"_vlm/{shard}/{STEP}/journal")
+        assert [f"_vlm/{shard}/{STEP}/{each['name']}" for each in step["segments"]] == listed
+        referred = [each["name"] for each in step["segments"] if each["referred"]]
+        assert referred == sorted(step["manifest"]["journal"])
+        held = sum(each["answers"] for each in step["segments"] if each["referred"])
+        assert held >= step["manifest"]["rows_in"]
+
+    assert ledger("prune", str(out), "--older-than", "30")["segments"] == 0, "nothing is that old"
+    long_ago = time.time() - 40 * 86400
+    for path in (tmp_path / "out").rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    would = ledger("prune", str(out), "--older-than", "30", "--dry-run")
+    before_pruning = out.names("_vlm")
+    pruned = ledger("prune", str(out), "--older-than", "30")
+    assert {**would, "dry_run": False} == pruned
+    assert pruned["segments"] > 0
+    gone = set(before_pruning) - set(out.names("_vlm"))
+    assert gone == {name for each in pruned["shards"] for name in each["segments"]}
+    assert pruned["left_as_they_are"] == []
+
+    assert world.tag_counted(source, out, **new)[1] == 0
+    again = world.tag(source, out, overwrite=True, **new)
+    assert (again["requests"], again["rows_in"]) == (0, 48)
+    # Other shards find them, too.
+    everything = {f"moved/{name}": data for name, data in source.everything().items()}
+    for name, data in everything.items():
+        source.put(name, data)
+    moved = world.tag(source / "moved", out, **new)
+    assert (moved["requests"], moved["rows_in"], moved["cached"]) == (0, 48, 46)
