@@ -188,17 +188,19 @@ def main() -> int:
         serving.kill()
     print(machine())
     print(f"{options.shards:,} shards, at most {MAX_TASKS} groups")
-    print("| | seconds | own CPU seconds | peak memory | groups | XCom |\n|---|---|---|---|---|---|")
-    met = True
+    print(
+        "| | seconds | own CPU seconds | peak memory | groups | XCom | goal |\n|---|---|---|---|---|---|---|"
+    )
     for name, runs in table.items():
         seconds, cpu, peak = (
             statistics.median(each[part] for each in runs) for part in ("seconds", "cpu", "peak_mb")
         )
         groups, xcom = runs[0].get("groups", ""), runs[0].get("xcom")
         size = "" if xcom is None else f"{xcom / 1024:.1f} KiB"
-        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {peak:.0f} MB | {groups} | {size} |")
-        met = met and (xcom is None or (seconds <= GOAL_SECONDS and peak <= GOAL_MB))
-    print(f"goal: {GOAL_SECONDS} s and {GOAL_MB} MB a plan: {'met' if met else 'missed'}")
+        met = "met" if seconds <= GOAL_SECONDS and peak <= GOAL_MB else "missed"
+        goal = "" if xcom is None else met
+        print(f"| {name} | {seconds:.1f} | {cpu:.1f} | {peak:.0f} MB | {groups} | {size} | {goal} |")
+    print(f"goal: {GOAL_SECONDS} s and {GOAL_MB} MB a plan")
     return 0
 
 
