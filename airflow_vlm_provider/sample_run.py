@@ -135,6 +135,8 @@ class SampleRunner:
     async def _settle_all(
         self, sample: Sample, requests: Sequence[Request], asked: _Asked
     ) -> list[Answer | SampleError]:
+        if len(requests) == 1:  # most samples have one picture, and a task has its price
+            return [await self._settle(sample, requests[0], asked)]
         tasks = [asyncio.ensure_future(self._settle(sample, request, asked)) for request in requests]
         try:
             return list(await asyncio.gather(*tasks))
