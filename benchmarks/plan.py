@@ -106,7 +106,7 @@ def plan_once(_: S3Server) -> dict[str, Any]:
     from types import SimpleNamespace
 
     pushed: dict[str, Any] = {}
-    ti = SimpleNamespace(xcom_push=lambda key, value: pushed.update({key: value}))
+    ti = SimpleNamespace(try_number=1, xcom_push=lambda key, value: pushed.update({key: value}))
     groups = operators()[0].execute({"ti": ti, "params": {}})
     return {"groups": len(groups), "xcom": len(json.dumps(groups)) + len(json.dumps(pushed))}
 

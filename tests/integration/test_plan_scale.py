@@ -81,7 +81,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run(plan: PlanShardsOperator) -> tuple[list[Any], int]:
     """What the plan returns, and how many bytes of XCom it takes in all."""
     pushed: dict[str, Any] = {}
-    ti = SimpleNamespace(xcom_push=lambda key, value: pushed.update({key: value}))
+    ti = SimpleNamespace(try_number=1, xcom_push=lambda key, value: pushed.update({key: value}))
     returned = plan.execute({"ti": ti, "params": {}})
     return returned, len(json.dumps(returned)) + len(json.dumps(pushed))
 

@@ -53,22 +53,22 @@ def test_a_plan_over_a_folder(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     plan = PlanShardsOperator(task_id="plan", source=str(tmp_path))
-    assert plan.execute({}) == [["a.jsonl"], ["b/c.jsonl.gz"]]
+    assert plan.execute(context()) == [["a.jsonl"], ["b/c.jsonl.gz"]]
     plan = PlanShardsOperator(task_id="plan", source=str(tmp_path), pattern="b/*")
-    assert plan.execute({}) == [["b/c.jsonl.gz"]]
+    assert plan.execute(context()) == [["b/c.jsonl.gz"]]
 
 
 def test_a_plan_of_nothing_says_what_to_look_at(tmp_path):
     with pytest.raises(AirflowFailException, match="holds no shards"):
-        PlanShardsOperator(task_id="plan", source=str(tmp_path)).execute({})
+        PlanShardsOperator(task_id="plan", source=str(tmp_path)).execute(context())
     (tmp_path / "a.jsonl").write_bytes(b"")
     with pytest.raises(AirflowFailException, match=r"None of the 1 shards .* pattern='b\*'"):
-        PlanShardsOperator(task_id="plan", source=str(tmp_path), pattern="b*").execute({})
+        PlanShardsOperator(task_id="plan", source=str(tmp_path), pattern="b*").execute(context())
 
 
 def test_more_groups_than_airflow_maps_over_are_refused(tmp_path):
     with pytest.raises(AirflowFailException, match="max_map_length"):
-        PlanShardsOperator(task_id="plan", source=str(tmp_path), max_tasks=2000).execute({})
+        PlanShardsOperator(task_id="plan", source=str(tmp_path), max_tasks=2000).execute(context())
     for wrong in (0, True, 1.5, "many", None):
         with pytest.raises(ConfigError, match=f"max_tasks={wrong!r}"):
             PlanShardsOperator(task_id="plan", source=str(tmp_path), max_tasks=wrong)
@@ -79,7 +79,7 @@ def test_the_number_of_groups_may_be_templated(tmp_path):
         (tmp_path / f"{name}.jsonl").write_bytes(b"")
     plan = PlanShardsOperator(task_id="plan", source=str(tmp_path), max_tasks="{{ params.most }}")
     plan.render_template_fields({"params": {"most": 2}})
-    assert len(plan.execute({})) == 2
+    assert len(plan.execute(context())) == 2
 
 
 # --- what is done already --------------------------------------------------------------------------------------
