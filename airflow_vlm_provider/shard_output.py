@@ -6,6 +6,7 @@ import threading
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
+from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.sidecar import SidecarWriter, sidecar_name
 
 if TYPE_CHECKING:
@@ -36,17 +37,23 @@ class ShardOutput:
         """The output's name below the destination; final once it is open."""
 
     def open(self, reader: ShardReader) -> RowWriter:
-        """Begin to write. Blocks."""
+        """Begin to write. Blocks.
+
+        :raises ConfigError: The shard can't take what the step generates.
+        """
         job, generated = self._job, self._job.step.generated()
         sidecar = job.output == "sidecar" or (job.output is None and reader.embeds_media)
         if sidecar:
             self.name = sidecar_name(self._shard)
         stream = self._stack.enter_context(job.destination.create(self.name))
-        return self._stack.enter_context(
-            SidecarWriter(stream, generated=generated, shard=self._shard)
-            if sidecar
-            else reader.writer(stream, generated=generated)
-        )
+        try:
+            return self._stack.enter_context(
+                SidecarWriter(stream, generated=generated, shard=self._shard)
+                if sidecar
+                else reader.writer(stream, generated=generated)
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{job.source.uri}{self._shard}: {error}") from error
 
     def publish(self) -> str:
         """Make what was written visible. Blocks.
