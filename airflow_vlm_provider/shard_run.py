@@ -82,7 +82,7 @@ class ShardRun:
             return manifest
         except BaseException as error:
             # When one shard fails, or several at once, the others are cancelled, also those that are stopping already.
-            await _to_its_end(self._stop())
+            await _to_its_end(self._stopped(self._halt()))
             if isinstance(error, asyncio.CancelledError) and self.failure is not None:
                 error = self.failure
             self.output.drop(error)
@@ -233,9 +233,8 @@ class ShardRun:
             task.cancel()
         return rest
 
-    async def _stop(self) -> None:
-        """Cancel what still runs, save what was answered, and wait until all has ended: nothing is sent after this."""
-        rest = self._halt()
+    async def _stopped(self, rest: list[asyncio.Task[Any]]) -> None:
+        """Save what was answered, and wait until all that was cancelled has ended: nothing is sent after this."""
         # Requests end at once, and only then is it known what was answered. A write may take long.
         await asyncio.gather(*self.running, return_exceptions=True)
         await asyncio.gather(self.ledger.journal.close(), *rest, return_exceptions=True)
