@@ -9,8 +9,9 @@ Invariants:
 Values stand apart from the keys, in the order in which they came. Keys come in random order; in one tree with them,
 almost every row put would rewrite a page of some other rows.
 
-Rows that were put just now wait in memory until there are some hundred of them: one transaction for each would cost
-many times as much, and every call of SQLite makes the calling thread wait for the others.
+Rows that were put just now wait in memory until there are some hundred of them, and most keys that were never put are
+known by one bit not to be there: every call of SQLite makes the calling thread wait for the others, and an event loop
+should not.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ TURN_ROWS = 500
 # Rows wait in memory until there are so many of them, or so many bytes.
 WAITING_ROWS = TURN_ROWS
 WAITING_BYTES = 1024 * 1024
+# One bit for each hash of a key, a megabyte in all: of a million rows, it lets through an eighth of the other keys.
+HASHES = 2**23
 
 _TABLES = """
 CREATE TABLE rows (number INTEGER PRIMARY KEY, value BLOB NOT NULL);
@@ -53,6 +56,7 @@ class KeyValueFile:
         self._choose = choose or _last
         self._waiting: dict[bytes, bytes] = {}
         self._waiting_bytes = 0
+        self._hashes = bytearray(HASHES // 8)
         self._count = 0
         # An empty name is a database of SQLite's own in a temporary file, which it writes once the cache is full.
         self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
@@ -74,6 +78,8 @@ class KeyValueFile:
         while batch := list(islice(pairs, TURN_ROWS)):
             with self._turn() as database:
                 for key, value in batch:
+                    byte, bit = _place(key)
+                    self._hashes[byte] |= bit
                     other = self._waiting.get(key)
                     self._waiting[key] = value if other is None else self._choose(other, value)
                     self._waiting_bytes += len(key) + len(value)
@@ -82,6 +88,9 @@ class KeyValueFile:
 
     def get(self, key: bytes) -> bytes | None:
         """The key's value; None when it has none. Takes some microseconds."""
+        byte, bit = _place(key)
+        if not self._hashes[byte] & bit:
+            return None
         with self._turn() as database:
             waiting = self._waiting.get(key)
             row = database.execute(_GET, (key,)).fetchone() if self._count else None
@@ -137,6 +146,12 @@ class KeyValueFile:
                     f"The temporary file of what is known can't be used ({error}). Free space where temporary "
                     "files are, or name another directory in TMPDIR.",
                 ) from error
+
+
+def _place(key: bytes) -> tuple[int, int]:
+    """Which byte of the bits, and which bit in it, stands for a key."""
+    number = hash(key) % HASHES
+    return number >> 3, 1 << (number & 7)
 
 
 def _last(old: bytes, new: bytes) -> bytes:  # noqa: ARG001

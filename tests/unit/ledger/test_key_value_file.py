@@ -103,6 +103,27 @@ def test_what_waits_in_memory_is_bounded(bound, size):
     table.close()
 
 
+def test_keys_that_share_a_hash_are_told_apart():
+    with mock.patch.object(key_value_file, "HASHES", 8):
+        table = KeyValueFile()
+        table.put_many((b"%d" % number, b"value of %d" % number) for number in range(100))
+        assert [table.get(b"%d" % number) for number in range(100)] == [
+            b"value of %d" % number for number in range(100)
+        ]
+        assert table.get(b"100") is None
+        table.close()
+
+
+def test_a_look_for_what_is_not_there_mostly_does_without_the_database():
+    table = KeyValueFile()
+    table.put_many((b"%d" % number, b"") for number in range(2 * key_value_file.WAITING_ROWS))
+    with mock.patch.object(table, "_turn", side_effect=table._turn) as turn:
+        assert [table.get(b"other %d" % number) for number in range(1000)] == [None] * 1000
+        assert turn.call_count < 100
+        assert table.get(b"7") == b""
+    table.close()
+
+
 @settings(max_examples=10)
 @given(st.integers(0, 3 * key_value_file.TURN_ROWS))
 def test_nothing_is_lost_between_one_turn_and_the_next(count):
