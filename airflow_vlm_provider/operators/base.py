@@ -337,6 +337,14 @@ class ShardOperator(BaseOperator):
             if isinstance(outlet, Asset):
                 context["outlet_events"][outlet].extra.update(summary)
         self.log.info("Done: %s", ", ".join(f"{name} {value}" for name, value in summary.items()))
+        if counts.ok and counts.ok == counts.rows_in and not counts.requests:
+            self.log.warning(
+                "Nothing was asked about any of the %d rows, because none refers to media. Are these their fields: "
+                "image_key=%r, video_key=%r?",
+                counts.rows_in,
+                self.image_key,
+                self.video_key,
+            )
         rate = counts.failed / counts.rows_in if counts.rows_in else 0.0
         if rate > self.max_error_rate:
             # A failed task returns nothing, but what it did still counts for whoever sums up.

@@ -223,3 +223,14 @@ def test_a_mapped_operator_that_is_right_can_be_mapped_over_anything():
             [{"destination": "s3://o/", "try_num": 2}]
         )
     assert sorted(dag.task_ids) == ["a", "b"]
+
+
+def test_rows_without_anything_to_ask_about_are_said_to_be_odd(make, place, capsys):
+    odd = "Nothing was asked about any of the 800 rows"
+    # The field's name is not the dataset's, and a row without images is no error.
+    first = make(ScriptedEngine(lambda about: TAGS), image_key="image").execute(context())
+    assert (first["ok"], first["requests"], first["failed"]) == (800, 0, 0)
+    assert odd in capsys.readouterr().out
+    make(ScriptedEngine(lambda about: TAGS)).execute(context())
+    make(ScriptedEngine(lambda about: TAGS)).execute(context())
+    assert odd not in capsys.readouterr().out, "all of it was answered before"
