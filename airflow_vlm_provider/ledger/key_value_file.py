@@ -30,8 +30,8 @@ TURN_ROWS = 500
 # Rows wait in memory until there are so many of them, or so many bytes.
 WAITING_ROWS = TURN_ROWS
 WAITING_BYTES = 1024 * 1024
-# One bit for each hash of a key, a megabyte in all: of a million rows, it lets through an eighth of the other keys.
-HASHES = 2**23
+# One bit for each hash of a key, 256 KiB in all. With 100,000 rows, one in twenty of the other keys has its bit set.
+HASHES = 2**21
 
 _TABLES = """
 CREATE TABLE rows (number INTEGER PRIMARY KEY, value BLOB NOT NULL);
