@@ -17,6 +17,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_vlm_provider.errors import ConfigError, VLMError
 from airflow_vlm_provider.ledger.plans import PlanReference, label, save_plan
 from airflow_vlm_provider.operators.dependants import UntoldError, shard_dependants
+from airflow_vlm_provider.operators.mapped_tasks import check_none_is_removed, mapped_tasks
 from airflow_vlm_provider.operators.runners import make_runner, storage_of
 from airflow_vlm_provider.operators.storage import Storage, find_shards
 
@@ -61,7 +62,8 @@ class PlanShardsOperator(BaseOperator):
 
     Shards that are done already for every operator that maps over the plan are left out of it. So a run with nothing
     left to do returns no groups, and Airflow skips what maps over them, and what comes after by default: give that
-    ``trigger_rule="none_failed"`` if it is to run all the same. To know what is done, the plan looks at these
+    ``trigger_rule="none_failed"`` if it is to run all the same. (A run that is cleared has its tasks already; one of
+    them then gets an empty group, and has nothing to do.) To know what is done, the plan looks at these
     operators in its own DAG, their templates rendered for its own run, and at their ledgers. Where that can't be
     told (the operators take more than the groups from other tasks, a connection is missing, ...) the log says why,
     and nothing is left out; the tasks then find out for themselves. The XCom ``done`` holds what each operator would
@@ -105,7 +107,8 @@ class PlanShardsOperator(BaseOperator):
     def execute(self, context: Context) -> list[list[str]] | list[str]:
         """List, leave out, and deal out.
 
-        :raises AirflowFailException: there are no shards, or more groups were asked for than can be mapped.
+        :raises AirflowFailException: there are no shards, more groups were asked for than can be mapped, or Airflow
+            would leave some out.
         """
         try:
             max_tasks, limit = _whole(self.max_tasks), conf.getint("core", "max_map_length", fallback=1024)
@@ -130,7 +133,10 @@ class PlanShardsOperator(BaseOperator):
                 len(done),
                 len(groups),
             )
-            return self._returned(groups, operators)
+            tasks = mapped_tasks(self, context)
+            if tasks and not groups:
+                groups = [[]]
+            return check_none_is_removed(tasks, context, self._returned(groups, operators))
         except (ConfigError, PermissionError) as error:
             raise AirflowFailException(str(error)) from error
 

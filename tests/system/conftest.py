@@ -98,10 +98,10 @@ class Deployment:
         state = self.airflow.wait_for_run(dag_id, run_id)
         assert state == "success", self.airflow.task_instances(dag_id, run_id)
 
-    def clear(self, dag_id: str, run_id: str) -> None:
+    def clear(self, dag_id: str, run_id: str, **options: Any) -> None:
         """Clear all tasks of a run, whatever became of them."""
         path = f"dags/{dag_id}/dagRuns/{quote(run_id)}/clear"
-        self.airflow.api("POST", path, {"dry_run": False, "only_failed": False})
+        self.airflow.api("POST", path, {"dry_run": False, "only_failed": False, **options})
 
     def kill_airflow(self) -> None:
         """Kill every process of Airflow's, none of which gets to know."""
@@ -112,6 +112,13 @@ class Deployment:
                     each.kill()
             process.wait()
             psutil.wait_procs(left, timeout=10)
+
+    def restart(self) -> None:
+        """Start Airflow again, in the home that the last one left."""
+        self.airflow = self.start(
+            # So that it looks every few seconds, and not minutes, whose tasks have lost their scheduler.
+            AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL="5",
+        )
 
 
 @pytest.fixture(scope="session")

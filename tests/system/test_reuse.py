@@ -11,7 +11,7 @@ import pytest
 
 from demo.airflow_instance import AirflowError
 from tests.support.stub_endpoint import tag_of
-from tests.system.conftest import Deployment, Finished, tags
+from tests.system.conftest import Deployment, tags
 
 pytestmark = pytest.mark.system
 
@@ -24,27 +24,43 @@ def test_clearing_a_finished_run_through_the_rest_api_asks_nothing(deployment, f
     airflow = deployment.airflow
     asked = deployment.asked()
     written = deployment.written("users", f"out/{finished.prefix}")
-    tries = plan_tries(deployment, finished)
     deployment.clear("users_own", finished.run_id)
-    deployment.wait_for(lambda: plan_tries(deployment, finished) > tries, "the plan to be made again")
     deployment.wait_for_success("users_own", finished.run_id)
 
     assert deployment.asked() == asked
     assert deployment.written("users", f"out/{finished.prefix}") == written
-    # Nothing is left to map over, and the plan says what there is.
-    assert airflow.xcom("users_own", finished.run_id, "plan") == []
+    # The plan was made again: there is nothing left to do, and it says what there is.
+    assert airflow.xcom("users_own", finished.run_id, "plan") == [[]]
     done = airflow.xcom("users_own", finished.run_id, "plan", key="done")["tag"]
     assert (done["shards"], done["rows_in"], done["failed"]) == (3, finished.rows, 1)
     assert (done["cached"], done["ok"], done["requests"]) == (finished.rows - 1, 0, 0)
 
 
-def plan_tries(deployment: Deployment, finished: Finished) -> int:
-    (plan,) = (
-        each
-        for each in deployment.airflow.task_instances("users_own", finished.run_id)
-        if each["task_id"] == "plan"
-    )
-    return plan["try_number"] if plan["state"] == "success" else 0
+def test_a_longer_plan_of_a_cleared_run_is_done_whole_or_fails(deployment):
+    prefix = "longer/"
+    shards = deployment.dataset("users", prefix, shards=2, rows=3, seed=12)
+    run_id = deployment.run("users_own", prefix)
+
+    def clear() -> str:
+        # As `airflow backfill create --reprocess-behavior` does it, and whoever wants a changed DAG to be run.
+        deployment.clear("users_own", run_id, run_on_latest_version=True)
+        return deployment.airflow.wait_for_run("users_own", run_id)
+
+    assert clear() == "success"
+    assert deployment.airflow.xcom("users_own", run_id, "plan") == [[]]
+    # All pictures are replaced, so that there is something to do for two tasks again.
+    deployment.dataset("users", prefix, shards=2, rows=3, seed=13)
+    asked = deployment.asked()
+    assert clear() == "failed"
+    log = deployment.airflow.task_log("users_own", run_id, "plan", try_number=3)
+    assert "removed tag[1] from this run" in log
+    assert deployment.asked() == asked
+    assert clear() == "success"
+    assert deployment.asked() == asked + 6
+    for number, shard in enumerate(shards):
+        for i, row in enumerate(deployment.rows("users", f"out/{prefix}{shard}")):
+            replaced = deployment.pictures[f"users/{prefix}images/{number:02}-{i:03}.png"]
+            assert tags(row)[0][0] == tag_of(replaced)
 
 
 def test_a_backfill_over_seven_days_of_which_five_are_done_asks_for_two(deployment):
@@ -74,7 +90,7 @@ def test_a_backfill_over_seven_days_of_which_five_are_done_asks_for_two(deployme
     assert deployment.asked() - asked == distinct(deployment, days[5:7]) == 2 * 2 * ROWS - 1
     assert_tagged(deployment, days[:7])
     for day in days[:5]:
-        assert airflow.xcom(NIGHTLY, runs[day], "plan") == []
+        assert airflow.xcom(NIGHTLY, runs[day], "plan") == [[]]
         assert counted(deployment, runs[day]) == {"rows_in": 2 * ROWS, "cached": 2 * ROWS, "ok": 0}
     assert counted(deployment, runs[days[6]]) == {"rows_in": 2 * ROWS, "cached": 0, "ok": 2 * ROWS}
 

@@ -10,7 +10,7 @@ from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 from airflow_vlm_provider.operators.redrive import RedriveOperator
 from airflow_vlm_provider.operators.shards import PlanShardsOperator
 
-RETRIED = {"retries": 3, "retry_delay": timedelta(seconds=1)}
+RETRIED = {"retries": 5, "retry_delay": timedelta(seconds=1)}
 PLACES = {"source": Param("", type="string"), "destination": Param("", type="string")}
 
 with DAG("users_own", schedule=None, params=PLACES):
