@@ -48,6 +48,9 @@ SPOOL_BYTES = 1024 * 1024
 RECENT = 32_768
 # Of the compressed record at a time: as much as is decompressed to some hundred kilobytes at the most.
 _STEP_BYTES = 8 * 1024
+# Lines are compressed so many bytes at a time, because each call makes the calling thread wait for the others.
+_CHUNK_BYTES = 64 * 1024
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 # What keys in the table begin with: places come before references.
 _PLACE, _REFERENCE = b"L", b"R"
 
@@ -77,6 +80,8 @@ class MediaRecorder:
         import zstandard
 
         self.count = 0
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
         self._spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115 - closed by close()
         self._lines: Any = zstandard.ZstdCompressor(write_checksum=True).stream_writer(
             self._spool, closefd=False
@@ -127,6 +132,7 @@ class MediaRecorder:
         if not self.count:
             return None
         self._write({"count": self.count})
+        self._compress()
         self._lines.close()
         self._spool.seek(0)
         with files.create(f"{ledger_folder(shard, step)}/{FILE_NAME}") as stream:
@@ -140,7 +146,14 @@ class MediaRecorder:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         # ASCII, so that lone surrogates out of a broken row cannot break the record.
-        self._lines.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self._pending.append(_ENCODER.encode(line).encode() + b"\n")
+        self._pending_bytes += len(self._pending[-1])
+        if self._pending_bytes >= _CHUNK_BYTES:
+            self._compress()
+
+    def _compress(self) -> None:
+        self._lines.write(b"".join(self._pending))
+        self._pending, self._pending_bytes = [], 0
 
 
 class MediaMemory:
