@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 from airflow_vlm_provider.errors import VLMError
@@ -27,7 +26,7 @@ from airflow_vlm_provider.ledger.key_value_file import KeyValueFile
 from airflow_vlm_provider.ledger.manifest import Files
 from airflow_vlm_provider.ledger.read_segments import ReadSegments
 from airflow_vlm_provider.ledger.records import key_of, newer
-from airflow_vlm_provider.ledger.segments import MAX_FILE_BYTES, iter_segment, read_segment
+from airflow_vlm_provider.ledger.segments import MAX_FILE_BYTES, TornSegmentError, iter_segment, read_segment
 
 log = logging.getLogger(__name__)
 
@@ -151,19 +150,32 @@ class Answers:
             data = files.read(name, max_bytes=MAX_FILE_BYTES)
             large = len(data) > LARGE_BYTES
             self._read.add(segment, iter_segment(data) if large else (read_segment(data),))
-        except FileNotFoundError:
-            log.info("%s, which the index of answers names, is gone; its journal is read instead.", uri)
-            self._read.add(segment, _journal(files, name.rpartition("/")[0]))
-        except VLMError as error:
+        except TornSegmentError as error:
             log.warning("%s is left out: %s Answers that only it holds are asked for again.", uri, error)
             self._read.add(segment, ())
+        except OSError as error:
+            if not _is_gone(error):
+                raise
+            log.info("%s, which the index of answers names, is gone; its journal is read instead.", uri)
+            self._read.add(segment, _journal(files, name.rpartition("/")[0]))
 
 
 def _journal(files: Files, folder: str) -> Iterator[list[bytes]]:
     """Yield the lines of all segments in a journal's folder, from the oldest to the newest."""
     for info in sorted(files.list(folder), key=lambda info: info.name):
-        with suppress(FileNotFoundError, VLMError):
+        try:
             yield read_segment(files.read(info.name, max_bytes=MAX_FILE_BYTES))
+        except TornSegmentError:
+            continue
+        except OSError as error:
+            if not _is_gone(error):
+                raise
+
+
+def _is_gone(error: OSError) -> bool:
+    # Of the package's own errors, that which is an OSError too says that it went while it was read. All others are the
+    # storage's, and to go on would be to pay again.
+    return isinstance(error, FileNotFoundError | VLMError)
 
 
 def _seen(task: asyncio.Task[None]) -> None:

@@ -168,8 +168,11 @@ class IndexFiles(Generic[T]):
     def _read(self) -> dict[str, _File[T]]:
         tried: set[str] = set()
         sound: dict[str, _File[T]] = {}
-        while fresh := [info.name for info in self._files.list(self._folder) if info.name not in tried]:
-            tried.update(fresh)
+        while listed := {
+            info.name: info.size for info in self._files.list(self._folder) if info.name not in tried
+        }:
+            tried.update(listed)
+            fresh = [name for name, size in listed.items() if self._is_readable(name, size)]
             read = self._in_parallel(self._read_one, fresh)
             sound.update((name, file) for name, file in zip(fresh, read, strict=True) if file is not None)
         return sound
@@ -177,15 +180,32 @@ class IndexFiles(Generic[T]):
     def _read_one(self, name: str) -> _File[T] | None:
         try:
             data = self._files.read(name, max_bytes=MAX_FILE_BYTES)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            # Of the package's own errors, that which is an OSError too says that it went while it was read. All others
+            # are the storage's, which does not mean that nothing is known.
+            if isinstance(error, VLMError):
+                return None
+            raise
+        try:
             match = self._match(name)
             if match is None or match["hash"] != _hash(data):
                 raise ValueError("its content does not fit its name")
             return _File(len(data), self._decode(data))
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError, VLMError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             log.warning("%s%s is left out of the index: %s", self._root, name, error)
             return None
+
+    def _is_readable(self, name: str, size: int) -> bool:
+        if size > MAX_FILE_BYTES:
+            log.warning(
+                "%s%s is left out of the index: it has %d bytes, which no file of it has",
+                self._root,
+                name,
+                size,
+            )
+        return size <= MAX_FILE_BYTES
 
     def _match(self, name: str) -> re.Match[str] | None:
         return _NAME.fullmatch(name.removeprefix(f"{self._folder}/"))
