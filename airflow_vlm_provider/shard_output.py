@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.sidecar import SidecarWriter, sidecar_name
+from airflow_vlm_provider.shards.stores import InvalidNameError
 
 if TYPE_CHECKING:
     from airflow_vlm_provider.job import Job
@@ -39,14 +40,14 @@ class ShardOutput:
     def open(self, reader: ShardReader) -> RowWriter:
         """Begin to write. Blocks.
 
-        :raises ConfigError: The shard can't take what the step generates.
+        :raises ConfigError: The shard can't take what the step generates, or the output can't have its name.
         """
         job, generated = self._job, self._job.step.generated()
         sidecar = job.output == "sidecar" or (job.output is None and reader.embeds_media)
         if sidecar:
             self.name = sidecar_name(self._shard)
-        stream = self._stack.enter_context(job.destination.create(self.name))
         try:
+            stream = self._stack.enter_context(job.destination.create(self.name))
             return self._stack.enter_context(
                 SidecarWriter(stream, generated=generated, shard=self._shard)
                 if sidecar
@@ -54,6 +55,9 @@ class ShardOutput:
             )
         except ConfigError as error:
             raise ConfigError(f"{job.source.uri}{self._shard}: {error}") from error
+        except InvalidNameError as error:
+            remedy = "Rename the shard, or set output='full'." if sidecar else "Rename the shard."
+            raise ConfigError(f"{job.source.uri}{self._shard}: {error} {remedy}") from error
 
     def publish(self) -> str:
         """Make what was written visible. Blocks.

@@ -131,7 +131,7 @@ def find_shards(
     :raises ConfigError: the source holds none, a name is not there, or its format is not supported.
     """
     from airflow_vlm_provider.shards.formats import FORMATS, is_shard, shard_format
-    from airflow_vlm_provider.shards.stores import InvalidNameError
+    from airflow_vlm_provider.shards.stores import InvalidNameError, is_hidden
 
     store, name = storage.locate(source)
     if names is None:
@@ -151,6 +151,11 @@ def find_shards(
     found = []
     for each in dict.fromkeys(names):
         shard_format(each)
+        if is_hidden(each):
+            raise ConfigError(
+                f"shards names {each!r}, a part of which begins with '_' or '.': such names are no data, and neither "
+                "the next step nor a redrive would find what became of it. Rename it."
+            )
         try:
             found.append(store.stat(each))
         except InvalidNameError as error:

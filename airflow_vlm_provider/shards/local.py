@@ -104,9 +104,10 @@ class LocalStore:
         with _name_errors(self.uri + name):
             directory = self._inside(directory_name)
             target = directory / file_name
+            # First, because in a directory that is not there no name is too long.
+            directory.mkdir(parents=True, exist_ok=True)
             if target.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-            directory.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned(directory)
         # Hidden, so that no listing takes it for data should the process be killed before it can remove it.
         temporary = directory / f".{uuid.uuid4().hex}.tmp"

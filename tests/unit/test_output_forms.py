@@ -79,3 +79,10 @@ def test_a_sidecar_is_refused_as_a_shard_and_its_own_shard_is_named(place):
     (place.source_path / "joined.parquet").write_bytes(parquet(table.replace_schema_metadata()))
     (manifest,) = place.run(engine, place.source.stat("joined.parquet"))
     assert (manifest.counts.rows_in, manifest.counts.skipped) == (1, 1)
+
+
+def test_a_name_that_has_no_room_for_the_sidecars_suffix_is_refused_with_a_remedy(place):
+    name = "a" * 250 + ".tar"
+    (place.source_path / name).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"a\.tar: .*a\.parquet cannot be an object: .* output='full'"):
+        place.run(ScriptedEngine(lambda about: "b"), place.source.stat(name))

@@ -108,6 +108,20 @@ def test_a_shard_named_outside_the_source_is_refused(tmp_path: Path) -> None:
         find_shards(str(tmp_path), ["../x.jsonl"], storage=Storage(aws_conn_id=None))
 
 
+@pytest.mark.parametrize("name", ["_a.jsonl", "d/.b/c.jsonl"])
+def test_a_name_that_is_no_data_is_refused_as_a_shard(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}\n")
+    storage = Storage(aws_conn_id=None)
+    with pytest.raises(ConfigError, match=r"begins with '_' or '\.'.*Rename"):
+        find_shards(str(tmp_path), [name], storage=storage)
+    # What the folders of the source are called is of no matter.
+    folder, _, shard = f"{tmp_path}/_in/b.jsonl".rpartition("/")
+    (tmp_path / "_in").mkdir()
+    (tmp_path / "_in" / "b.jsonl").write_text("{}\n")
+    assert [each.name for each in find_shards(folder, storage=storage)[1]] == [shard]
+
+
 @pytest.mark.parametrize(
     ("source", "destination"),
     [
