@@ -61,7 +61,7 @@ class Place:
         return asyncio.run(go())
 
     def output(self, name: str = "a.jsonl") -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.destination_path / name).read_text().splitlines()]
+        return [json.loads(line) for line in (self.destination_path / name).read_bytes().splitlines()]
 
     def errors(self, name: str = "a.jsonl") -> list[dict[str, Any]]:
         path = self.destination_path / "_vlm" / name / "caption" / "errors.jsonl"

@@ -1,0 +1,296 @@
+"""Odd answers, odd requests, odd places, and commits that break off anywhere: all is counted, nothing is asked twice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from airflow_vlm_provider import shard_ledger
+from airflow_vlm_provider.errors import SampleError
+from airflow_vlm_provider.ledger.commit_index import CommitIndex
+from airflow_vlm_provider.ledger.dead_letters import DeadLetters
+from airflow_vlm_provider.ledger.journal import FlushPolicy, ShardJournal
+from airflow_vlm_provider.ledger.key_index import KeyIndex
+from airflow_vlm_provider.ledger.media_memory import MediaRecorder
+from airflow_vlm_provider.shard_output import ShardOutput
+from airflow_vlm_provider.shards.opening import open_store
+from airflow_vlm_provider.types import Answer, Choice, Request, Result, Usage
+from tests.support.fakes import CaptionStep, ScriptedEngine
+from tests.support.place import Place
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+def texts(*names: str) -> list[dict[str, Any]]:
+    return [{"text": name} for name in names]
+
+
+STEPS = [
+    (ShardJournal, "consolidate"),
+    (KeyIndex, "add"),
+    (ShardOutput, "publish"),
+    (DeadLetters, "save"),
+    (MediaRecorder, "save"),
+    (shard_ledger, "save_manifest"),
+    (CommitIndex, "add"),
+    (ShardJournal, "retire"),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
+def test_a_commit_that_breaks_off_anywhere_is_made_again_without_asking(
+    place, monkeypatch, owner, name, when
+):
+    rows = [*texts("a", "bad"), {"images": ["x.png"]}, {"images": ["missing.png"]}, "no row"]
+    step = CaptionStep(useless="useless")
+    shard = place.shard("a.jsonl", rows)
+    place.run(ScriptedEngine(lambda about: "useless" if about == "bad" else "old"), shard, step=step)
+    rows[0] = {"text": "new"}
+    shard = place.shard("a.jsonl", rows)
+    plain = getattr(owner, name)
+
+    def breaks(*args: Any, **options: Any) -> Any:
+        if when == "after":
+            plain(*args, **options)
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, breaks)
+        with pytest.raises(OSError, match="gone"):
+            place.run_what_is_left(ScriptedEngine(lambda about: "fresh"), shard, step=step)
+    engine = ScriptedEngine(lambda about: "must not be asked")
+    place.run_what_is_left(engine, shard, step=step)
+    assert engine.asked == []
+    assert place.runner(engine, step).committed(shard) is not None
+    assert [row.get("caption") for row in place.output()] == ["fresh", None, "old", None]
+    assert [letter["kind"] for letter in place.errors()] == ["unparsable", "media_missing", "malformed_row"]
+
+
+class Odd(ScriptedEngine):
+    """Gives one and the same answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.given = answer
+
+    async def ask(self, request: Request) -> Answer:
+        await super().ask(request)
+        return self.given
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        (Choice("\ud800 half a character"),),
+        (Choice("x" * 300_000),),
+        (Choice("line\nbreak\u2028\x00", "length"), Choice("", "refusal"), Choice("", "other")),
+    ],
+)
+def test_odd_answers_are_kept_as_they_are(place, choices):
+    shard = place.shard("a.jsonl", texts(*"abcdefgh"))
+    given = Answer(choices, "m", Usage(requests=1))
+    place.run(Odd(given), shard, flush=FlushPolicy(answers=3, bytes=1000))
+    first = place.output()
+    assert first[0]["caption"] == choices[0].text
+    (place.destination_path / "a.jsonl").unlink()
+    engine = ScriptedEngine()
+    place.run_what_is_left(engine, shard)
+    assert engine.asked == []
+    assert place.output() == first
+
+
+def test_an_answer_without_choices_that_a_step_breaks_at_costs_one_row(place):
+    (manifest,) = place.run(Odd(Answer((), "m", Usage(requests=1))), place.shard("a.jsonl", texts("a", "b")))
+    assert manifest.kinds == {"internal": 2}
+    assert manifest.counts.requests == 2
+
+
+class Twice(CaptionStep):
+    """Asks the same at once, and then once more."""
+
+    def process(self, sample: Any) -> Any:
+        request = Request(system=None, parts=(sample.row["text"],), n=2)
+        one, two = yield [request, request]
+        (three,) = yield [request]
+        assert one == two == three
+        return Result(rows=({**sample.row, "caption": one.choices[0].text},))
+
+
+def test_who_asks_the_same_twice_pays_once(place):
+    shard = place.shard("a.jsonl", texts("a"))
+    engine = ScriptedEngine(delay=lambda about: 0.01)
+    (manifest,) = place.run(engine, shard, step=Twice())
+    assert engine.asked == ["a"]
+    assert (manifest.counts.requests, manifest.counts.prompt_tokens, manifest.counts.ok) == (1, 10, 1)
+
+
+def test_a_step_that_asks_for_nothing_goes_on(place):
+    class Empty(CaptionStep):
+        def process(self, sample: Any) -> Any:
+            answers = yield []
+            return Result(rows=({**sample.row, "caption": str(len(answers))},))
+
+    engine = ScriptedEngine()
+    (manifest,) = place.run(engine, place.shard("a.jsonl", texts("a")), step=Empty())
+    assert place.output() == [{"text": "a", "caption": "0"}]
+    assert (manifest.counts.ok, manifest.counts.cached, engine.asked) == (1, 0, [])
+
+
+def test_reusing_a_destination_for_itself_changes_nothing(place):
+    shard = place.shard("a.jsonl", texts("a"))
+    place.run(ScriptedEngine(), shard, reuse=[place.destination])
+    engine = ScriptedEngine()
+    place.run(engine, place.shard("b.jsonl", texts("a", "b")), reuse=[place.destination, place.destination])
+    assert engine.asked == ["b"]
+
+
+def test_a_destination_to_reuse_that_may_not_be_read_stops_before_anything_is_asked(
+    place, tmp_path, monkeypatch
+):
+    def denied(folder: str = "") -> Any:
+        raise PermissionError("denied")
+
+    other = open_store(str(tmp_path / "other"))
+    monkeypatch.setattr(other, "list", denied)
+    engine = ScriptedEngine()
+    with pytest.raises(PermissionError, match="denied"):
+        place.run(engine, place.shard("a.jsonl", texts("a")), reuse=[other])
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("part", ["/journal/", "/keys/", "media.jsonl"])
+def test_a_stop_does_not_wait_for_what_is_slow_to_be_read(place, monkeypatch, part):
+    shard = place.shard("a.jsonl", [{"images": ["x"]}])
+    place.run(ScriptedEngine(), shard)
+    (place.destination_path / "a.jsonl").unlink()
+    reached, go_on = threading.Event(), threading.Event()
+    read, opened = place.destination.read, place.destination.open
+
+    def hang(name: str) -> None:
+        if part in name:
+            reached.set()
+            assert go_on.wait(60)
+
+    def slow_read(name: str, *, max_bytes: int) -> bytes:
+        hang(name)
+        return read(name, max_bytes=max_bytes)
+
+    def slow_open(name: str) -> Any:
+        hang(name)
+        return opened(name)
+
+    monkeypatch.setattr(place.destination, "read", slow_read)
+    monkeypatch.setattr(place.destination, "open", slow_open)
+
+    async def go() -> float:
+        runner = place.runner(ScriptedEngine())
+        monkeypatch.setattr(runner, "_media_unchanged", lambda *args: True)
+        runner.committed(shard)
+        task = asyncio.create_task(runner.run_all([shard]))
+        assert await asyncio.to_thread(reached.wait, 60)
+        task.cancel()
+        at = time.monotonic()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return time.monotonic() - at
+
+    try:
+        assert asyncio.run(go()) < 5
+    finally:
+        go_on.set()
+
+
+def test_counts_add_up_whatever_rows_end_like(place):
+    def answer(about: Any) -> str:
+        kind = about.split(" ")[0]
+        if kind in ("refused", "rejected", "transient"):
+            raise SampleError(kind, "no", attempts=2)
+        return "useless" if kind == "useless" else "fine"
+
+    kinds = ("fine", "useless", "refused", "rejected", "transient", "fine")
+    rows: list[Any] = [{"text": f"{kinds[i % 6]} {i // 12}"} for i in range(120)]
+    rows += [{"caption": "there"}, "no row", {"images": ["missing"]}, {"text": "x", "break": "step"}]
+    (manifest,) = place.run(
+        ScriptedEngine(answer), place.shard("a.jsonl", rows), step=CaptionStep(useless="useless")
+    )
+    counts = manifest.counts
+    assert counts.rows_in == len(rows) == counts.ok + counts.cached + counts.skipped + counts.failed
+    assert counts.rows_out == len(rows) - 1
+    assert counts.failed == sum(manifest.kinds.values()) == len(place.errors())
+    assert manifest.kinds == {
+        "unparsable": 20,
+        "refused": 20,
+        "rejected": 20,
+        "transient": 20,
+        "malformed_row": 1,
+        "media_missing": 1,
+        "internal": 1,
+    }
+
+
+def test_a_dead_letter_keeps_its_history_when_its_row_was_moved(place):
+    engine = ScriptedEngine(lambda about: "useless" if about == "bad" else "fine")
+    step = CaptionStep(useless="useless")
+    place.run_what_is_left(engine, place.shard("a.jsonl", texts("bad")), step=step)
+    (before,) = place.errors()
+    shard = place.shard("a.jsonl", texts("another", "bad"))
+    place.run_what_is_left(engine, shard, step=step)
+    (after,) = place.errors()
+    assert (before["row"], after["row"]) == (0, 1)
+    assert after["attempts"] == before["attempts"] == 1, "its answer was known, so it was not asked again"
+    place.run_what_is_left(engine, shard, step=step, failed_only=True)
+    assert place.errors()[0]["attempts"] == 2
+
+
+def test_a_row_that_repeats_a_dead_letter_is_none_itself(place):
+    step = CaptionStep(useless="useless")
+    drawn: list[str] = []
+
+    def answer(about: Any) -> str:
+        drawn.append(about)
+        if about == "same" and drawn.count("same") == 1:
+            raise SampleError("rejected", "no", attempts=1)
+        return "fine"
+
+    # In turn, so that the second of the two is not answered with the first.
+    engine = ScriptedEngine(answer)
+    rows = [{"text": "same"}, *texts(*map(str, range(60))), {"text": "same"}]
+    shard = place.shard("a.jsonl", rows)
+    place.run_what_is_left(engine, shard, step=step)
+    assert [letter["row"] for letter in place.errors()] == [0]
+    engine = ScriptedEngine()
+    (manifest,) = place.run_what_is_left(engine, shard, step=step, failed_only=True)
+    assert engine.asked == ["same"]
+    assert (manifest.counts.ok, manifest.counts.cached, manifest.counts.failed) == (1, 61, 0)
+
+
+def test_a_shard_without_media_has_no_record_of_them_to_miss(place, caplog):
+    shard = place.shard("a.jsonl", texts("a"))
+    place.run(ScriptedEngine(), shard)
+    place.run_what_is_left(ScriptedEngine(), shard, step=CaptionStep(suffix="!"))
+    assert "is of no use" not in caplog.text
+
+
+def test_trusted_media_are_neither_listed_nor_fetched(place, monkeypatch):
+    shard = place.shard("a.jsonl", [{"images": ["x"]}])
+    place.run(ScriptedEngine(), shard)
+    place.media.fetched.clear()
+    monkeypatch.setattr(place.media, "identities", lambda uris: pytest.fail("listed"))
+    place.run_what_is_left(ScriptedEngine(), shard, step=CaptionStep(suffix="!"), trust_media=True)
+    assert place.media.fetched == []
+    assert place.output()[0]["caption"] == "about b'x'!"
+
+
+def test_what_is_wrong_with_a_row_stands_in_its_dead_letter_and_a_defect_in_the_log(place, caplog):
+    place.run(ScriptedEngine(), place.shard("a.jsonl", ["{", {"text": "x", "break": "step"}]))
+    assert "JSON" in place.errors()[0]["message"]
+    assert "Row 1 of a.jsonl broke the step caption" in caplog.text
+    assert "a defect of the step" in caplog.text
