@@ -44,6 +44,7 @@ class LocalStore:
 
     def __init__(self, *, root: str) -> None:
         self._root = Path(root)
+        self._resolved: str | None = None
         self._cleaned: set[Path] = set()
 
     @property
@@ -184,14 +185,26 @@ class LocalStore:
 
     def _inside(self, relative: str) -> Path:
         """Return the real path of what is below the root, or of the root itself for an empty one."""
-        root = os.path.realpath(self._root)
-        path = os.path.realpath(os.path.join(root, relative))  # noqa: PTH118  Path.resolve() raises on a loop of links
+        root = self._real_root()
+        path = os.path.join(root, relative)  # noqa: PTH118  a Path for each costs more than the look-up
+        # Most names have no link in them. Only then is the whole path gone through again, the root's part included.
+        if not _has_link(root, relative):
+            return Path(path)
+        path = os.path.realpath(path)  # Path.resolve() raises on a loop of links
         if os.path.commonpath((root, path)) != root:
             raise OutsideRootError(
                 f"{self.uri + relative} is a link that leads out of {self.uri}; "
                 "choose a root that holds the link's target too."
             )
         return Path(path)
+
+    def _real_root(self) -> str:
+        if self._resolved is not None:
+            return self._resolved
+        root = os.path.realpath(self._root)
+        if os.path.isdir(root):  # noqa: PTH112
+            self._resolved = root
+        return root
 
     def _walk(self, directory: str) -> Iterator[ObjectInfo]:
         try:
@@ -212,6 +225,16 @@ class LocalStore:
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
                     yield _object_info(name, status)
+
+
+def _has_link(root: str, relative: str) -> bool:
+    """Whether a name, as :func:`check_name` lets it through, has a symbolic link in it or at its end."""
+    end = relative.find("/")
+    while end >= 0:
+        if os.path.islink(os.path.join(root, relative[:end])):  # noqa: PTH114, PTH118
+            return True
+        end = relative.find("/", end + 1)
+    return os.path.islink(os.path.join(root, relative))  # noqa: PTH114, PTH118
 
 
 def _sort_key(entry: os.DirEntry[str]) -> str:

@@ -171,6 +171,16 @@ def test_a_link_as_the_root_is_the_authors_choice(root: Path, tmp_path: Path) ->
     assert names(linked) == ["a"]
 
 
+def test_a_root_may_be_there_later_as_a_link_too(root: Path, tmp_path: Path) -> None:
+    put(root, "data/a")
+    (root / "link").symlink_to("data")
+    store = LocalStore(root=str(tmp_path / "later"))
+    with pytest.raises(FileNotFoundError):
+        store.read("link/a", max_bytes=4)
+    (tmp_path / "later").symlink_to(root)
+    assert store.read("link/a", max_bytes=4) == b"data"
+
+
 def test_many_are_looked_up_through_links_as_one_is(root: Path, store: LocalStore, tmp_path: Path) -> None:
     put(tmp_path, "secret")
     put(root, "data/a")
