@@ -192,13 +192,14 @@ class ShardRun:
     async def _write_batch(self, rows: RowWriter, batch: list[Outcome]) -> None:
         if not batch:
             return
-        await self._in_thread(lambda: self._write_rows(rows, batch))
-        for outcome in batch:
+        for outcome in await self._in_thread(lambda: self._write_rows(rows, batch)):
             self.job.progress.wrote(outcome)
             self.backlog_bytes -= outcome.sample.size
         self.drained.set()
 
-    def _write_rows(self, rows: RowWriter, batch: Iterable[Outcome]) -> None:
+    def _write_rows(self, rows: RowWriter, batch: Iterable[Outcome]) -> list[Outcome]:
+        """Write rows and count them; returns how they ended."""
+        all_ended = []
         for outcome in batch:
             ended, written = outcome, 0
             if outcome.status in ("ok", "cached"):
@@ -216,6 +217,8 @@ class ShardRun:
                 rows.write_unchanged(sample)
                 written = 1
             self.ledger.add(ended, rows_out=written)
+            all_ended.append(ended)
+        return all_ended
 
     def _fail(self, error: BaseException) -> None:
         """Stop the shard for an error that is not one sample's own."""

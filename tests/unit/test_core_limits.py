@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from airflow_vlm_provider import shard_ledger
-from airflow_vlm_provider.errors import SampleError
+from airflow_vlm_provider.errors import ConfigError, SampleError
+from airflow_vlm_provider.ledger import dead_letters, media_memory
 from airflow_vlm_provider.ledger.commit_index import CommitIndex
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters
 from airflow_vlm_provider.ledger.journal import FlushPolicy, ShardJournal
@@ -18,7 +22,7 @@ from airflow_vlm_provider.ledger.key_index import KeyIndex
 from airflow_vlm_provider.ledger.media_memory import MediaRecorder
 from airflow_vlm_provider.shard_output import ShardOutput
 from airflow_vlm_provider.shards.opening import open_store
-from airflow_vlm_provider.types import Answer, Choice, Request, Result, Usage
+from airflow_vlm_provider.types import Answer, Choice, MediaRef, Request, Result, Usage
 from tests.support.fakes import CaptionStep, ScriptedEngine
 from tests.support.place import Place
 
@@ -294,3 +298,114 @@ def test_what_is_wrong_with_a_row_stands_in_its_dead_letter_and_a_defect_in_the_
     assert "JSON" in place.errors()[0]["message"]
     assert "Row 1 of a.jsonl broke the step caption" in caplog.text
     assert "a defect of the step" in caplog.text
+
+
+def test_the_progress_counts_rows_as_the_manifest_does(place):
+    class Odd(CaptionStep):
+        def process(self, sample: Any) -> Any:
+            yield []
+            return Result(rows=({"caption": {1, 2}},))
+
+    runner = place.runner(ScriptedEngine(), Odd())
+
+    async def go() -> list[Any]:
+        return await runner.run_all([place.shard("a.jsonl", texts("a"))])
+
+    (manifest,) = asyncio.run(go())
+    assert manifest.kinds == {"unwritable": 1}
+    assert runner.progress.snapshot()["failed"] == 1
+
+
+def test_when_one_request_of_a_row_stops_the_run_the_others_are_stopped_too(place):
+    def answer(about: Any) -> str:
+        if about == b"bad":
+            raise ConfigError("the key was withdrawn")
+        return "fine"
+
+    engine = ScriptedEngine(answer, delay=lambda about: 0.05 if about == b"bad" else 600)
+
+    async def go() -> None:
+        async with engine:
+            with pytest.raises(ConfigError):
+                await place.runner(engine).run_all([shard])
+            assert engine.in_flight == 0
+
+    shard = place.shard("a.jsonl", [{"images": ["slow", "bad"]}])
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("images", [["known", "rejected"], ["fresh", "missing"], ["missing", "fresh"]])
+def test_a_row_that_makes_do_with_what_it_got_is_no_cached_one(place, images):
+    class Content(CaptionStep):
+        def process(self, sample: Any) -> Any:
+            with suppress(SampleError):
+                yield [
+                    Request(system=None, parts=(MediaRef("image", ref), "?")) for ref in sample.row["images"]
+                ]
+            return Result(rows=({**sample.row, "caption": "made do"},))
+
+    def answer(about: Any) -> str:
+        if about == b"rejected":
+            raise SampleError("rejected", "no", attempts=1)
+        return "fine"
+
+    place.run(ScriptedEngine(answer), place.shard("a.jsonl", [{"images": ["known"]}]), step=Content())
+    shard = place.shard("b.jsonl", [{"images": images}])
+    (manifest,) = place.run(ScriptedEngine(answer), shard, step=Content())
+    assert (manifest.counts.ok, manifest.counts.cached, manifest.counts.requests) == (1, 0, 1)
+    shard = place.shard("c.jsonl", [{"images": ["known", "missing"]}])
+    (manifest,) = place.run(ScriptedEngine(answer), shard, step=Content())
+    assert (manifest.counts.ok, manifest.counts.cached, manifest.counts.requests) == (0, 1, 0)
+
+
+def test_segments_that_a_commit_has_put_together_go(place):
+    shard = place.shard("a.jsonl", texts(*map(str, range(100))))
+    engine = ScriptedEngine(delay=lambda about: 0.005)
+    (manifest,) = place.run(engine, shard, flush=FlushPolicy(answers=10, seconds=60))
+    (segment,) = manifest.journal
+    assert segment.endswith("-all.jsonl.zst")
+    assert [name for name in place.files() if "/journal/" in name] == [f"_vlm/a.jsonl/caption/{segment}"]
+
+
+def test_a_run_leaves_no_files_open(place, monkeypatch):
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    # Small spools are in memory, and so can't be told from ones that were closed.
+    for module in (dead_letters, media_memory):
+        monkeypatch.setattr(module, "SPOOL_BYTES", 1)
+    rows = [{"images": ["x"]}, {"images": ["missing"]}, {"text": "t"}]
+    shards = [place.shard(f"{i}.jsonl", rows) for i in range(3)]
+    place.run(ScriptedEngine(), *shards)
+    gc.collect()
+    gc.disable()
+    try:
+        before = open_files()
+        for i in range(5):
+            place.run_what_is_left(ScriptedEngine(), *shards, step=CaptionStep(suffix=str(i)))
+        assert open_files() <= before + 2
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("seed", "asked"), [(5, [5, 1005, 2005]), (None, [None, 1000, 2000]), (..., [..., 1000, 2000])]
+)
+def test_asking_anew_counts_up_from_the_steps_own_seed(place, seed, asked):
+    seeds: list[Any] = []
+
+    class Noting(ScriptedEngine):
+        async def ask(self, request: Request) -> Answer:
+            seeds.append(request.sampling.get("seed", ...))
+            return await super().ask(request)
+
+    class Seeded(CaptionStep):
+        def process(self, sample: Any) -> Any:
+            sampling = {"temperature": 1} | ({} if seed is ... else {"seed": seed})
+            yield [Request(system=None, parts=(sample.row["text"],), sampling=sampling)]
+            raise SampleError("unparsable", "useless", attempts=1)
+
+    shard = place.shard("a.jsonl", texts("a"))
+    for failed_only in (False, True, True):
+        place.run_what_is_left(Noting(), shard, step=Seeded(), failed_only=failed_only)
+    assert seeds == asked
