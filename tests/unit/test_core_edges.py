@@ -128,7 +128,7 @@ def test_when_two_shards_fail_at_once_both_save_what_they_paid_for(place, monkey
 @pytest.mark.parametrize("when", ["after", "before", "with the record lost"])
 def test_media_of_dead_letters_that_a_redrive_leaves_alone_are_still_looked_after(place, when):
     step = CaptionStep(useless="useless")
-    rows = [{"text": "a"}, {"images": ["missing.png"]}, {"images": ["odd.png"]}]
+    rows = [{"text": "a"}, {"images": ["missing.png"]}, {"images": ["fine.png", "odd.png"]}]
     shard = place.shard("a.jsonl", rows)
     place.run(says(**{"a": "<transient>", "odd.png": "useless"}), shard, step=step)
 

@@ -409,3 +409,32 @@ def test_asking_anew_counts_up_from_the_steps_own_seed(place, seed, asked):
     for failed_only in (False, True, True):
         place.run_what_is_left(Noting(), shard, step=Seeded(), failed_only=failed_only)
     assert seeds == asked
+
+
+def test_while_nothing_can_be_saved_no_more_is_asked_than_the_window_and_what_stands_ready(
+    place, monkeypatch
+):
+    plain, go_on = place.destination.create, threading.Event()
+
+    def stalled(name: str) -> Any:
+        if "/journal/" in name:
+            assert go_on.wait(60)
+        return plain(name)
+
+    monkeypatch.setattr(place.destination, "create", stalled)
+    shards = [place.shard(f"{n}.jsonl", texts(*(f"{n}-{i}" for i in range(100)))) for n in range(3)]
+
+    async def go() -> int:
+        engine = ScriptedEngine(concurrency=4)
+        async with engine:
+            runner = place.runner(engine, flush=FlushPolicy(answers=20, seconds=60))
+            task = asyncio.create_task(runner.run_all(shards))
+            asked = -1
+            while asked < 20 or len(engine.asked) > asked:
+                asked = len(engine.asked)
+                await asyncio.sleep(0.3)
+            go_on.set()
+            await task
+            return asked
+
+    assert 20 < asyncio.run(go()) <= 20 + 4 + 8
