@@ -5,8 +5,9 @@ Airflow keeps as many mapped tasks as the plan had groups *before*, and marks th
 back: a new plan with more groups would be done in part, or not at all, and the run end well. So
 
 - a plan that has tasks already is never without a group, for a run whose last tasks are all removed counts as a success
-  whatever became of the plan; and
-- a plan that has something for removed tasks fails and says so, and is known when the run is cleared once more.
+  whatever became of the plan;
+- a plan has no more groups than there are tasks left that can take one; and
+- where none is left, a plan with groups fails and says so, and is known when the run is cleared once more.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def mapped_tasks(plan: BaseOperator, context: Context) -> Mapping[tuple[str, int
         if task_id in task_ids and number.isdecimal():
             found[task_id, int(number)] = state
     return found
+
+
+def usable_tasks(tasks: Mapping[tuple[str, int], str | None]) -> int | None:
+    """How many groups there are tasks for; None when Airflow makes as many as are needed."""
+    return min((number for (_, number), state in tasks.items() if state == "removed"), default=None)
 
 
 def check_none_is_removed(

@@ -17,7 +17,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_vlm_provider.errors import ConfigError, VLMError
 from airflow_vlm_provider.ledger.plans import PlanReference, label, save_plan
 from airflow_vlm_provider.operators.dependants import UntoldError, shard_dependants
-from airflow_vlm_provider.operators.mapped_tasks import check_none_is_removed, mapped_tasks
+from airflow_vlm_provider.operators.mapped_tasks import check_none_is_removed, mapped_tasks, usable_tasks
 from airflow_vlm_provider.operators.runners import make_runner, storage_of
 from airflow_vlm_provider.operators.storage import Storage, find_shards
 
@@ -125,7 +125,9 @@ class PlanShardsOperator(BaseOperator):
             done, summaries = self._done(looking, store, shards)
             if done:
                 context["ti"].xcom_push(key="done", value=summaries)
-            groups = deal((shard for shard in shards if shard.name not in done), max_tasks)
+            tasks = mapped_tasks(self, context)
+            left = [shard for shard in shards if shard.name not in done]
+            groups = deal(left, min(max_tasks, usable_tasks(tasks) or max_tasks))
             self.log.info(
                 "%d shards below %s, %d of them done already, the rest in %d groups",
                 len(shards),
@@ -133,7 +135,6 @@ class PlanShardsOperator(BaseOperator):
                 len(done),
                 len(groups),
             )
-            tasks = mapped_tasks(self, context)
             if tasks and not groups:
                 groups = [[]]
             return check_none_is_removed(tasks, context, self._returned(groups, operators))

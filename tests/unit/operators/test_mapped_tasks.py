@@ -47,12 +47,23 @@ def context(*, try_number: int = 2, states: dict[str, str | None]) -> Any:
     return {"ti": ti, "params": {}}
 
 
-def test_a_plan_with_something_for_removed_tasks_fails_and_is_known_when_the_run_is_cleared_again(
+def test_a_plan_has_no_more_groups_than_there_are_tasks_left_for(plan, pushed, tmp_path):
+    states = {"tag_0": None, "tag_1": "removed", "tag_2": None, "other_0": "removed"}
+    assert plan.execute(context(states=states)) == [["a.jsonl", "b.jsonl"]]
+    (tmp_path / "c.jsonl").write_text("{}\n")
+    states = {"tag_0": None, "tag_1": "success", "tag_2": "removed"}
+    groups = plan.execute(context(states=states))
+    assert sorted(name for group in groups for name in group) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert len(groups) == 2
+    assert pushed == []
+
+
+def test_a_plan_with_something_for_removed_tasks_alone_fails_and_is_known_when_the_run_is_cleared_again(
     plan, pushed
 ):
-    given = context(states={"tag_0": None, "tag_1": "removed", "other_1": "removed"})
+    given = context(states={"tag_0": "removed", "tag_1": "removed"})
     with pytest.raises(
-        AirflowFailException, match=r"has removed tag\[1\] from this run.*Clear the run once more"
+        AirflowFailException, match=r"has removed tag\[0\], tag\[1\] from this run.*Clear the run once more"
     ):
         plan.execute(given)
     (only,) = pushed
