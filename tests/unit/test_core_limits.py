@@ -438,3 +438,23 @@ def test_while_nothing_can_be_saved_no_more_is_asked_than_the_window_and_what_st
             return asked
 
     assert 20 < asyncio.run(go()) <= 20 + 4 + 8
+
+
+def test_of_a_row_with_several_pictures_only_the_one_at_fault_is_asked_about_anew(place):
+    class Strict(CaptionStep):
+        def process(self, sample: Any) -> Any:
+            answers = yield [
+                Request(system=None, parts=(MediaRef("image", ref),)) for ref in sample.row["images"]
+            ]
+            for ref, answer in zip(sample.row["images"], answers, strict=True):
+                if answer.choices[0].text == "useless":
+                    raise SampleError("unparsable", "useless", media=ref, attempts=1)
+            return Result(rows=({**sample.row, "caption": answers[-1].choices[0].text},))
+
+    shard = place.shard("a.jsonl", [{"images": ["x", "y", "z"]}])
+    place.run(ScriptedEngine(lambda about: "useless" if about == b"y" else "fine"), shard, step=Strict())
+    assert len(place.errors()[0]["keys"]) == 1
+    engine = ScriptedEngine()
+    (manifest,) = place.run_what_is_left(engine, shard, step=Strict(), failed_only=True)
+    assert engine.asked == [b"y"]
+    assert manifest.counts.ok == 1
