@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_vlm_provider.answering import Answering
 from airflow_vlm_provider.errors import ANSWERED_KINDS, LASTING_KINDS, ConfigError, ShardError
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from airflow_vlm_provider.steps.base import Step
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Shards open at once: while the last rows of one are answered, the next are begun, so that the engine never waits.
 OPEN_SHARDS = 4
@@ -128,6 +130,7 @@ class ShardRunner:
         # A little more than the engine keeps in flight, so that the next requests stand ready, media loaded.
         self._ahead = engine.concurrency + max(8, engine.concurrency // 2)
         self._before: dict[str, Manifest] = {}
+        self._stopped = False
         self.progress = Progress(shards=0, total_bytes=0)
 
     def committed(self, shard: ObjectInfo) -> Manifest | None:
@@ -152,7 +155,19 @@ class ShardRunner:
     def all_committed(self, shards: Sequence[ObjectInfo]) -> list[Manifest | None]:
         """:meth:`committed` for many shards, in their order."""
         with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="vlm-lookup") as threads:
-            return list(threads.map(self.committed, shards))
+            return list(threads.map(lambda shard: None if self._stopped else self.committed(shard), shards))
+
+    async def look_up(self, shards: Sequence[ObjectInfo]) -> list[Manifest | None]:
+        """:meth:`all_committed` in a thread; cancelled, it waits for no storage, and no more shards are looked up."""
+        # Not a thread of the loop's own, which waits for these when it ends.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="vlm-look-up")
+        try:
+            return await _in_thread(thread, partial(self.all_committed, shards))
+        except asyncio.CancelledError:
+            self._stopped = True
+            raise
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def changes_since_commit(self) -> list[str]:
         """What changed since shards were committed that :meth:`committed` found not to be done, a sentence each."""
@@ -323,7 +338,7 @@ class ShardRunner:
         return round(dollars / 1_000_000, 9)
 
 
-async def _in_thread(threads: Executor, function: Any) -> Any:
+async def _in_thread(threads: Executor, function: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(threads, function)
 
 

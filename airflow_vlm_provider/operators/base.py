@@ -244,7 +244,7 @@ class ShardOperator(BaseOperator):
                 raise asyncio.CancelledError
             prepared = await asyncio.to_thread(self.prepare, context)
             runner, hook, shards = prepared.runner, prepared.hook, prepared.shards
-            done = await asyncio.to_thread(runner.all_committed, shards)
+            done = await runner.look_up(shards)
             rest = [shard for shard, manifest in zip(shards, done, strict=True) if manifest is None]
             if len(rest) < len(shards):
                 self.log.info("%d of %d shards are done already", len(shards) - len(rest), len(shards))

@@ -16,10 +16,12 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from airflow.sdk.execution_time.timeout import timeout
 from PIL import Image
 
+from airflow_vlm_provider import runner
 from airflow_vlm_provider.errors import ConfigError, EngineError
 from airflow_vlm_provider.operators import base, runners
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 from airflow_vlm_provider.progress import Progress
+from airflow_vlm_provider.runner import ShardRunner
 from tests.support.fakes import ScriptedEngine
 from tests.support.images import encode
 
@@ -234,3 +236,37 @@ def test_rows_without_anything_to_ask_about_are_said_to_be_odd(make, place, caps
     make(ScriptedEngine(lambda about: TAGS)).execute(context())
     make(ScriptedEngine(lambda about: TAGS)).execute(context())
     assert odd not in capsys.readouterr().out, "all of it was answered before"
+
+
+def test_told_to_stop_while_shards_are_looked_up_it_does_not_wait_for_the_storage(make, place, monkeypatch):
+    engine = ScriptedEngine(lambda about: TAGS)
+    task, plain = make(engine), ShardRunner.committed
+    reached, go_on, looked_up = threading.Event(), threading.Event(), []
+
+    def slow(self: ShardRunner, shard: Any) -> Any:
+        looked_up.append(shard.name)
+        reached.set()
+        assert go_on.wait(30)
+        return plain(self, shard)
+
+    monkeypatch.setattr(ShardRunner, "committed", slow)
+    monkeypatch.setattr(runner, "LOOKUP_THREADS", 1)
+
+    def stop() -> None:
+        assert reached.wait(30)
+        task.on_kill()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    # Where it is waited for, nothing would end the task but this.
+    guard = threading.Timer(20, go_on.set)
+    guard.start()
+    try:
+        with pytest.raises(AirflowException, match="told to stop"):
+            task.execute(context())
+        assert not go_on.is_set()
+    finally:
+        guard.cancel()
+        go_on.set()
+        stopping.join()
+    assert (len(looked_up), engine.asked) == (1, [])
