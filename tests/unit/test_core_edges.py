@@ -213,53 +213,75 @@ def test_a_destination_that_was_moved_is_made_again_without_asking(place, tmp_pa
     assert place.run_what_is_left(engine, shard) == []
 
 
+class Known:
+    """What is known, without the rest of it."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, bytes] = {}
+
+    async def get(self, key: str) -> bytes | None:
+        return self.lines.get(key)
+
+    def put(self, lines: Any) -> None:
+        self.lines |= {line[8:40].decode(): line for line in lines}
+
+
+class Journal:
+    """A journal that is full until there is room."""
+
+    def __init__(self, *, room: bool) -> None:
+        self.appended: list[bytes] = []
+        self.used: list[bytes] = []
+        self.room, self.reached = asyncio.Event(), asyncio.Event()
+        if room:
+            self.room.set()
+
+    async def append(self, line: bytes) -> None:
+        self.appended.append(line)
+        self.reached.set()
+        await self.room.wait()
+
+    def use(self, line: bytes) -> None:
+        self.used.append(line)
+
+
+async def ready() -> Request:
+    return Request(system=None, parts=("x",))
+
+
 def test_an_answer_that_came_before_who_asked_was_stopped_is_not_asked_for_again():
-    class Known:
-        lines: dict[str, bytes]
-
-        def __init__(self) -> None:
-            self.lines = {}
-
-        async def get(self, key: str) -> bytes | None:
-            return self.lines.get(key)
-
-        def put(self, lines: Any) -> None:
-            self.lines |= {line[8:40].decode(): line for line in lines}
-
-    class FullJournal:
-        def __init__(self, *, room: bool) -> None:
-            self.appended: list[bytes] = []
-            self.used: list[bytes] = []
-            self.room, self.reached = asyncio.Event(), asyncio.Event()
-            if room:
-                self.room.set()
-
-        async def append(self, line: bytes) -> None:
-            self.appended.append(line)
-            self.reached.set()
-            await self.room.wait()
-
-        def use(self, line: bytes) -> None:
-            self.used.append(line)
-
     async def go() -> None:
         engine = ScriptedEngine()
         async with engine:
-            answering = Answering(engine=engine, answers=Known())  # type: ignore[arg-type]
-
-            async def ready() -> Request:
-                return Request(system=None, parts=("x",))
-
-            full, other = FullJournal(room=False), FullJournal(room=True)
-            first = asyncio.create_task(answering.answer("0" * 32, ready, full))  # type: ignore[arg-type]
-            second = asyncio.create_task(answering.answer("0" * 32, ready, other))  # type: ignore[arg-type]
+            answering: Any = Answering(engine=engine, answers=Known())  # type: ignore[arg-type]
+            full, other = Journal(room=False), Journal(room=True)
+            first = asyncio.create_task(answering.answer("0" * 32, ready, full))
+            second = asyncio.create_task(answering.answer("0" * 32, ready, other))
             await full.reached.wait()
             first.cancel()
             given = await second
             assert engine.asked == ["x"]
-            assert given is not None
             assert not given.fresh
             assert other.used == full.appended
+
+    asyncio.run(go())
+
+
+def test_who_waits_for_an_answer_of_which_the_asker_was_stopped_asks_itself():
+    async def go() -> None:
+        engine = ScriptedEngine(delay=lambda about: 0 if len(engine.asked) > 1 else 600)
+        async with engine:
+            answering: Any = Answering(engine=engine, answers=Known())  # type: ignore[arg-type]
+            journal = Journal(room=True)
+            first = asyncio.create_task(answering.answer("0" * 32, ready, Journal(room=True)))
+            second = asyncio.create_task(answering.answer("0" * 32, ready, journal))
+            await asyncio.sleep(0.05)
+            assert engine.asked == ["x"]
+            first.cancel()
+            given = await second
+            assert engine.asked == ["x", "x"]
+            assert given.fresh
+            assert len(journal.appended) == 1
 
     asyncio.run(go())
 

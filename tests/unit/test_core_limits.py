@@ -306,14 +306,14 @@ def test_the_progress_counts_rows_as_the_manifest_does(place):
             yield []
             return Result(rows=({"caption": {1, 2}},))
 
-    runner = place.runner(ScriptedEngine(), Odd())
+    odd = place.runner(ScriptedEngine(), Odd())
 
     async def go() -> list[Any]:
-        return await runner.run_all([place.shard("a.jsonl", texts("a"))])
+        return await odd.run_all([place.shard("a.jsonl", texts("a"))])
 
     (manifest,) = asyncio.run(go())
     assert manifest.kinds == {"unwritable": 1}
-    assert runner.progress.snapshot()["failed"] == 1
+    assert odd.progress.snapshot()["failed"] == 1
 
 
 def test_when_one_request_of_a_row_stops_the_run_the_others_are_stopped_too(place):
@@ -458,3 +458,13 @@ def test_of_a_row_with_several_pictures_only_the_one_at_fault_is_asked_about_ane
     (manifest,) = place.run_what_is_left(engine, shard, step=Strict(), failed_only=True)
     assert engine.asked == [b"y"]
     assert manifest.counts.ok == 1
+
+
+def test_media_whose_answers_are_known_are_not_made_ready_to_be_sent(place, monkeypatch):
+    shard = place.shard("a.jsonl", [{"images": ["x"]}])
+    place.run(ScriptedEngine(), shard)
+    (place.destination_path / "_vlm/a.jsonl/caption/media.jsonl.zst").unlink()
+    prepared: list[Any] = []
+    monkeypatch.setattr(place.media, "prepare", prepared.append)
+    (manifest,) = place.run_what_is_left(ScriptedEngine(), shard)
+    assert (manifest.counts.cached, prepared) == (1, [])
