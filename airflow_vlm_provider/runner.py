@@ -30,7 +30,7 @@ from airflow_vlm_provider.ledger.write_behind import FlushPolicy, Window
 from airflow_vlm_provider.progress import Progress
 from airflow_vlm_provider.shard_run import ShardRun
 from airflow_vlm_provider.shards.formats import RowKeys
-from airflow_vlm_provider.shards.output_names import check_output_names
+from airflow_vlm_provider.shards.output_names import check_output_names, one_output, output_name, rivals
 from airflow_vlm_provider.types import Usage
 
 if TYPE_CHECKING:
@@ -245,16 +245,27 @@ class ShardRunner:
             in_thread=partial(_in_thread, readers),
         )
         try:
-            await _in_thread(
-                writers,
-                lambda: check_output_names(self.source, [shard.name for shard in shards], output=self.output),
-            )
+            await _in_thread(writers, lambda: self._check_output_names([shard.name for shard in shards]))
             await answers.open()
             return await self._run_all(self._job(answers, threads, writers), shards)
         finally:
             await answers.close()
             for each in (threads, writers, readers):
                 each.shutdown(wait=False, cancel_futures=True)
+
+    def _check_output_names(self, shards: Sequence[str]) -> None:
+        """Refuse shards whose outputs would overwrite each other's, or that of another shard that is done.
+
+        :raises ConfigError: there are such shards.
+        """
+        check_output_names(shards, output=self.output)
+        others = {rival: name for name in shards for rival in rivals(name, self.output)}
+        for rival, found in self.source.stat_many(sorted(others)):
+            # What merely lies beside a shard, as the tables beside img2dataset's tars, is nobody's business.
+            done = None if found is None else load_manifest(self.destination, rival, self.step.name)
+            mine = self.destination.uri + output_name(others[rival], self.output)
+            if done is not None and done.output.get("uri") == mine:
+                raise one_output(others[rival], rival, self.output)
 
     def _job(self, answers: Answers, threads: Executor, writers: Executor) -> Job:
         return Job(

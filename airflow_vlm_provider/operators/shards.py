@@ -110,6 +110,8 @@ class PlanShardsOperator(BaseOperator):
         :raises AirflowFailException: there are no shards, more groups were asked for than can be mapped, or Airflow
             would leave some out.
         """
+        from airflow_vlm_provider.shards.output_names import check_output_names
+
         try:
             max_tasks, limit = _whole(self.max_tasks), conf.getint("core", "max_map_length", fallback=1024)
             if max_tasks > limit:
@@ -122,6 +124,8 @@ class PlanShardsOperator(BaseOperator):
                 # While the source is listed: each takes as long as the other when everything is done.
                 looking = threads.submit(copy_context().run, self._look, operators, untold)
                 store, shards = self._find()
+            for operator in operators:
+                check_output_names((shard.name for shard in shards), output=operator.output_form)
             done, summaries = self._done(looking, store, shards)
             if done:
                 context["ti"].xcom_push(key="done", value=summaries)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from airflow_vlm_provider.errors import ConfigError
-from airflow_vlm_provider.shards.output_names import check_output_names
+from airflow_vlm_provider.shards.output_names import check_output_names, output_name
 from tests.support.fakes import ScriptedEngine
 from tests.support.parquet_shards import parquet
 from tests.support.place import Place
@@ -20,33 +20,25 @@ def place(tmp_path):
     return Place(tmp_path)
 
 
-def put(place: Place, *names: str) -> None:
-    for name in names:
-        (place.source_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (place.source_path / name).write_bytes(b"")
-
-
 @pytest.mark.parametrize(
-    ("there", "done", "output"),
+    ("shards", "output"),
     [
-        (["a.tar", "a.tgz"], ["a.tar", "a.tgz"], None),
-        (["a.tar", "a.tar.zst"], ["a.tar.zst"], None),
-        (["b/a.tar", "b/a.parquet"], ["b/a.parquet"], None),
-        (["a.tar", "a.parquet"], ["a.tar"], "sidecar"),
-        (["a.jsonl", "a.ndjson.gz"], ["a.jsonl"], "sidecar"),
-        (["a.TAR", "a.TGZ"], ["a.TAR", "a.TGZ"], None),
+        (["a.tar", "a.tgz"], None),
+        (["b/a.tar", "b/a.parquet", "c.tar"], None),
+        (["a.tar", "a.parquet"], "sidecar"),
+        (["a.jsonl", "a.ndjson.gz"], "sidecar"),
+        (["a.TAR", "a.TGZ"], None),
     ],
 )
-def test_shards_whose_outputs_would_be_one_file_are_refused(place, there, done, output):
-    put(place, *there)
-    with pytest.raises(ConfigError) as refused:
-        check_output_names(place.source, done, output=output)
-    for name in there:
+def test_shards_whose_outputs_would_be_one_file_are_refused(shards, output):
+    with pytest.raises(ConfigError, match="would be one file") as refused:
+        check_output_names(shards, output=output)
+    for name in shards[:2]:
         assert repr(name) in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("there", "output"),
+    ("shards", "output"),
     [
         (["a.tar", "a.tar.gz", "a.parquet", "a.jsonl"], "full"),
         (["a.tar", "a.jsonl", "a.jsonl.gz", "b/a.tar", "a.b.tar"], None),
@@ -54,9 +46,28 @@ def test_shards_whose_outputs_would_be_one_file_are_refused(place, there, done, 
         (["a.tar", "b.jsonl", "c.parquet"], "sidecar"),
     ],
 )
-def test_shards_of_one_stem_whose_outputs_differ_are_not(place, there, output):
-    put(place, *there)
-    check_output_names(place.source, there, output=output)
+def test_shards_of_one_stem_whose_outputs_differ_are_not(shards, output):
+    check_output_names(shards, output=output)
+    assert len({output_name(name, output) for name in shards}) == len(shards)
+
+
+def test_the_output_of_a_shard_that_is_done_is_not_overwritten_by_anothers(place):
+    rows = [{"text": "a"}]
+    plain, packed = place.shard("a.jsonl", rows), place.shard("a.ndjson", rows)
+    place.run(ScriptedEngine(), plain, output="sidecar")
+    with pytest.raises(ConfigError, match=r"'a\.jsonl' and 'a\.ndjson' would be one file"):
+        place.run(ScriptedEngine(), packed, output="sidecar")
+    place.run(ScriptedEngine(), packed, output="full")
+    # Gone from the source, it has no claim any more: it was only given another name.
+    (place.source_path / "a.jsonl").unlink()
+    place.run(ScriptedEngine(), packed, output="sidecar")
+
+
+def test_a_table_that_merely_lies_beside_a_shard_is_nobodys_business(place):
+    shard = place.shard("a.jsonl", [{"text": "a"}])
+    (place.source_path / "a.parquet").write_bytes(parquet({"url": ["x"]}))
+    place.run(ScriptedEngine(), shard, output="sidecar")
+    assert (place.destination_path / "a.parquet").exists()
 
 
 def test_what_a_shard_can_not_take_is_said_with_its_name(place):

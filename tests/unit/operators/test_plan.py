@@ -373,3 +373,19 @@ def test_a_large_plan_that_nothing_maps_over_is_listed_and_says_so(many, capfd):
 def test_a_large_plan_has_its_place_also_where_it_can_not_be_told_what_is_done(many, monkeypatch):
     monkeypatch.delenv("AIRFLOW_CONN_VLM_DEFAULT")
     assert isinstance(mapped(many).execute(context())[0], str)
+
+
+def test_a_plan_of_shards_that_would_have_one_output_is_refused_whatever_tasks_they_go_to(tmp_path):
+    for name in ("a.tar", "a.parquet"):
+        (tmp_path / name).write_bytes(b"x")
+    with DAG("d"):
+        plan = PlanShardsOperator(task_id="plan", source=str(tmp_path))
+        ImageTaggingVLMOperator.partial(
+            task_id="tag", source=str(tmp_path), destination="/elsewhere", vlm_conn_id="none"
+        ).expand(shards=plan.output)
+    with pytest.raises(
+        AirflowFailException, match=r"'a\.parquet' and 'a\.tar' would be one file.*pattern='\*\.tar'"
+    ):
+        plan.execute(context())
+    plan.pattern = "*.tar"
+    assert plan.execute(context()) == [["a.tar"]]
