@@ -98,7 +98,10 @@ def is_file_struct(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind) or kind.num_fields != 2:
         return False
     types = {kind.field(i).name: kind.field(i).type for i in range(2)}
-    return types.keys() == {"bytes", "path"} and is_bytes(types["bytes"]) and is_text(types["path"])
+    if types.keys() != {"bytes", "path"}:
+        return False
+    # Where no file is embedded at all, whoever wrote the table may not have known of what type the bytes would be.
+    return (is_bytes(types["bytes"]) or pa.types.is_null(types["bytes"])) and is_text(types["path"])
 
 
 def media_of(columns: Mapping[str, pa.Scalar]) -> tuple[dict[str, Any], EmbeddedMedia]:

@@ -100,6 +100,23 @@ def test_bytes_are_referred_to_by_column_and_place(kind: pa.DataType) -> None:
     assert dict(second.embedded) == {}
 
 
+def test_a_struct_whose_bytes_have_no_type_holds_references_and_is_written_back() -> None:
+    table = pa.table(
+        {"image": pa.array([{"bytes": None, "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}])}
+    )
+    assert pa.types.is_null(table.schema.field("image").type.field("bytes").type)
+    stream = io.BytesIO()
+    pq.write_table(table, stream)
+    with opened(stream.getvalue()) as reader:
+        assert not reader.embeds_media
+        copy = io.BytesIO()
+        with reader.writer(copy, generated={"caption": {"type": "string"}}) as writer:
+            for sample, name in zip(reader, ("a.jpg", "b.jpg"), strict=True):
+                assert (sample.row["image"], dict(sample.embedded)) == (name, {})
+                writer.write_unchanged(sample)
+    assert pq.read_table(copy).column("image").to_pylist() == table.column("image").to_pylist()
+
+
 def test_a_structs_path_is_the_reference() -> None:
     shard = parquet(
         {
