@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from airflow_vlm_provider import shard_ledger
-from airflow_vlm_provider.errors import ConfigError, SampleError
-from airflow_vlm_provider.ledger import dead_letters, media_memory
+from airflow_vlm_provider.errors import ConfigError, SampleError, ShardError
+from airflow_vlm_provider.ledger import dead_letters, media_memory, segments
 from airflow_vlm_provider.ledger.commit_index import CommitIndex
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters
 from airflow_vlm_provider.ledger.journal import FlushPolicy, ShardJournal
@@ -372,8 +372,12 @@ def test_a_run_leaves_no_files_open(place, monkeypatch):
         return len(list(Path("/proc/self/fd").iterdir()))
 
     # Small spools are in memory, and so can't be told from ones that were closed.
-    for module in (dead_letters, media_memory):
-        monkeypatch.setattr(module, "SPOOL_BYTES", 1)
+    for module, name in (
+        (dead_letters, "SPOOL_BYTES"),
+        (media_memory, "SPOOL_BYTES"),
+        (segments, "_SPOOL_BYTES"),
+    ):
+        monkeypatch.setattr(module, name, 1)
     rows = [{"images": ["x"]}, {"images": ["missing"]}, {"text": "t"}]
     shards = [place.shard(f"{i}.jsonl", rows) for i in range(3)]
     place.run(ScriptedEngine(), *shards)
@@ -468,3 +472,25 @@ def test_media_whose_answers_are_known_are_not_made_ready_to_be_sent(place, monk
     monkeypatch.setattr(place.media, "prepare", prepared.append)
     (manifest,) = place.run_what_is_left(ScriptedEngine(), shard)
     assert (manifest.counts.cached, prepared) == (1, [])
+
+
+def test_what_fails_unasked_takes_nothing_from_what_was_paid_before(place):
+    class InTurn(CaptionStep):
+        def process(self, sample: Any) -> Any:
+            for ref in sample.row["images"]:
+                with suppress(SampleError):
+                    yield [Request(system=None, parts=(MediaRef("image", ref),))]
+            return Result(rows=({**sample.row, "caption": "made do"},))
+
+    shard = place.shard("a.jsonl", [{"images": ["fresh", "missing"]}])
+    (manifest,) = place.run(ScriptedEngine(), shard, step=InTurn())
+    assert (manifest.counts.ok, manifest.counts.cached) == (1, 0)
+
+
+def test_after_shards_that_cannot_be_opened_the_next_is_read(place):
+    shards = [place.shard(f"{name}.jsonl", texts(name)) for name in "abc"]
+    for name in "ab":
+        (place.source_path / f"{name}.jsonl").unlink()
+    with pytest.raises(ShardError, match="2 of 3 shards"):
+        place.run(ScriptedEngine(), *shards)
+    assert place.output("c.jsonl") == [{"text": "c", "caption": "about c"}]
