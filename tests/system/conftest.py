@@ -35,7 +35,7 @@ class Deployment:
     s3: Any
     stub: StubServer
     start: Callable[..., AirflowInstance]
-    pictures: dict[str, bytes] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     def put(self, bucket: str, key: str, body: bytes) -> None:
         self.s3.put_object(Bucket=bucket, Key=key, Body=body)

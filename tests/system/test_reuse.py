@@ -166,16 +166,26 @@ def move(deployment: Deployment, day: str, other: str) -> None:
 
 def backfill(deployment: Deployment, first: str, last: str, *options: str) -> dict[str, str]:
     """Run ``airflow backfill create`` and wait until all its runs have ended well; returns their ids by day."""
-    airflow = deployment.airflow
     # One task a day: what is under test is what they ask for, not how they share it.
     conf = json.dumps({"max_tasks": 1})
     dates = ("--dag-id", NIGHTLY, "--from-date", first, "--to-date", last)
+    # Airflow closes a backfill a while after its last run, and takes no other one before.
+    deployment.wait_for(lambda: not open_backfills(deployment), "the backfill before to be closed")
     create_backfill(deployment, *dates, "--dag-run-conf", conf, "--max-active-runs", "4", *options)
-    deployment.wait_for(lambda: not open_backfills(deployment), "the backfill to end", 600)
-    runs = airflow.api("GET", f"dags/{NIGHTLY}/dagRuns", params={"limit": 100})["dag_runs"]
-    found = {each["logical_date"][:10]: each for each in runs if each["run_type"] == "backfill"}
-    assert {each["state"] for each in found.values()} == {"success"}, found
-    return {day: found[day]["dag_run_id"] for day in sorted(found)}
+    days = (date.fromisoformat(last) - date.fromisoformat(first)).days + 1
+
+    def ended() -> list[dict[str, Any]] | None:
+        path = f"dags/{NIGHTLY}/dagRuns"
+        runs = deployment.airflow.api("GET", path, params={"limit": 100, "order_by": "logical_date"})[
+            "dag_runs"
+        ]
+        runs = [each for each in runs if each["run_type"] == "backfill"]
+        over = [each for each in runs if each["state"] in ("success", "failed")]
+        return runs if len(over) == len(runs) == days else None
+
+    found = deployment.wait_for(ended, f"{days} runs of a backfill", 600)
+    assert {each["state"] for each in found} == {"success"}, found
+    return {each["logical_date"][:10]: each["dag_run_id"] for each in found}
 
 
 def open_backfills(deployment: Deployment) -> list[int]:
