@@ -95,7 +95,7 @@ def test_a_task_that_is_killed_over_and_over_ends_as_if_nothing_had_been(place):
 def test_a_task_that_is_told_to_stop_saves_what_it_paid_for(place):
     client, stub, tasks = place
     rng = random.Random(5)
-    dataset = Dataset(client, "term", shards=2, rows=60, seed=101)
+    dataset = Dataset(client, "term", shards=2, rows=120, seed=101)
     done = torture(
         tasks,
         stub,
