@@ -457,9 +457,7 @@ def test_killed_in_the_middle_every_format_ends_as_if_it_had_not_been(world, buc
     [
         (("a.tar", "a.tar.gz"), {}),
         (("a.tar", "a.parquet"), {}),
-        (("a.tar", "a.parquet"), {"shards": ["a.tar"]}),
-        (("a.tar", "a.parquet"), {"shards": ["a.parquet"]}),
-        (("a.jsonl", "a.jsonl.gz"), {"output": "sidecar", "shards": ["a.jsonl"]}),
+        (("a.jsonl", "a.jsonl.gz"), {"output": "sidecar"}),
         (("a.TAR", "a.tar"), {}),
     ],
 )
@@ -471,6 +469,15 @@ def test_two_shards_never_have_one_output(world, bucket, shards, given):
     assert all(repr(name) in str(refused.value) for name in shards)
     assert "output='full'" in str(refused.value)
     assert (bucket / "out").everything() == {}
+
+
+def test_a_table_beside_a_tar_is_in_nobodys_way_until_it_is_a_shard_that_is_done(world, bucket):
+    bucket.put("in/a.tar", tar(("x.png", picture("beside"))))
+    bucket.put("in/a.parquet", b"what img2dataset writes beside its tars")
+    assert world.tag(bucket / "in", bucket / "out", shards=["a.tar"])["ok"] == 1
+    assert (bucket / "out").names() == ["a.parquet"]
+    with pytest.raises(AirflowFailException, match=r"'a\.parquet' and 'a\.tar' would be one file"):
+        world.tag(bucket / "in", bucket / "out", shards=["a.parquet"])
 
 
 def test_shards_of_one_stem_are_written_in_full_side_by_side(world, bucket):
