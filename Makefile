@@ -24,7 +24,7 @@ format: setup  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 test: setup  ## all three layers of tests
-	$(BIN)/python -m pytest
+	$(BIN)/python scripts/run_tests.py
 
 unit: setup  ## the tests that need no server (seconds)
 	$(BIN)/python -m pytest tests/unit

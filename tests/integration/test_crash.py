@@ -29,7 +29,7 @@ from tests.support.torture import (
 
 pytestmark = pytest.mark.integration
 
-KILLS = int(os.environ.get("VLM_TORTURE_KILLS", "12"))
+KILLS = int(os.environ.get("VLM_TORTURE_KILLS", "8"))
 
 
 @pytest.fixture(scope="module")
