@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import airflow_vlm_provider
 from airflow_vlm_provider.errors import ANSWERED_KINDS, ShardError
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from airflow_vlm_provider.job import Job
     from airflow_vlm_provider.shard_output import ShardOutput
     from airflow_vlm_provider.shards.stores import ObjectInfo
-
-T = TypeVar("T")
 
 
 class ShardLedger:

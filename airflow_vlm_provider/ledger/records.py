@@ -65,14 +65,6 @@ def key_of(line: bytes) -> str:
     return line[8:40].decode()
 
 
-def time_of(line: bytes) -> str:
-    """Return when a line's answer came: ISO 8601, UTC, in microseconds, so that times sort as text.
-
-    :raises ValueError: the line does not begin as the journal's lines do.
-    """
-    return _begin(line)[2].decode()
-
-
 def newer(a: bytes, b: bytes) -> bytes:
     """Return the one of two lines with the same key that counts: the later, whichever way they are given.
 

@@ -31,7 +31,7 @@ import tenacity
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.fsspec_entries import fsspec_errors, object_info
-from airflow_vlm_provider.shards.fsspec_reader import VersionReader
+from airflow_vlm_provider.shards.fsspec_reader import FsspecReader
 from airflow_vlm_provider.shards.stores import (
     BUCKET_SCHEMES,
     InvalidNameError,
@@ -196,7 +196,7 @@ class FsspecStore:
                     continue
             return entries
 
-    def _reader(self, name: str, *, version: ObjectInfo | None = None) -> VersionReader:
+    def _reader(self, name: str, *, version: ObjectInfo | None = None) -> FsspecReader:
         version = version or self.stat(name)
         fs, path = self._place(name)
 
@@ -205,7 +205,7 @@ class FsspecStore:
                 data: bytes = fs.cat_file(path, start=start, end=stop)
                 return data
 
-        return VersionReader(read_range, lambda: self.stat(name), version=version, uri=self.uri + name)
+        return FsspecReader(read_range, lambda: self.stat(name), version=version, uri=self.uri + name)
 
     def _put_and_move(self, fs: Any, local: str, path: str, name: str) -> None:
         folder = path.rpartition("/")[0]
