@@ -52,7 +52,7 @@ def bucket(server: S3Server) -> str:
 
 @pytest.fixture
 def store(server: S3Server, bucket: str) -> S3Store:
-    return S3Store(bucket=bucket, prefix="root", client_factory=server.client)
+    return S3Store(bucket=bucket, prefix="base", client_factory=server.client)
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def test_list_goes_through_all_pages_in_order_and_leaves_out_what_is_no_data(
         ["a/b", "a.txt", "a-b/c", "a0", "é", *(f"n/{number}" for number in range(3 * PAGE_SIZE))]
     )
     for name in [*expected, "_vlm/a", "x/_b", ".hidden", "x/.y/z"]:
-        client.put_object(Bucket=bucket, Key=f"root/{name}", Body=name.encode())
-    for key in ["root/", "root/folder/", "rootless", "other/a"]:
+        client.put_object(Bucket=bucket, Key=f"base/{name}", Body=name.encode())
+    for key in ["base/", "base/folder/", "baseless", "other/a"]:
         client.put_object(Bucket=bucket, Key=key, Body=b"")
     found = list(store.list())
     assert [info.name for info in found] == expected
@@ -133,12 +133,12 @@ def test_hidden_folders_are_passed_over(server: S3Server, bucket: str) -> None:
 
 
 def test_many_are_looked_up_by_few_listings(server: S3Server, bucket: str) -> None:
-    there = [f"root/{number:03}.jpg" for number in range(10 * PAGE_SIZE)]
-    put_all(server, bucket, [*there, "root/é", "other/a", "root2/a"])
+    there = [f"base/{number:03}.jpg" for number in range(10 * PAGE_SIZE)]
+    put_all(server, bucket, [*there, "base/é", "other/a", "base2/a"])
 
     def looked_up(wanted: list[str]) -> tuple[list[str], collections.Counter[str]]:
         counted = Counted(server)
-        store = S3Store(bucket=bucket, prefix="root", client_factory=lambda: counted.client)
+        store = S3Store(bucket=bucket, prefix="base", client_factory=lambda: counted.client)
         found = list(store.stat_many(wanted))
         assert [name for name, _ in found] == wanted
         return [name for name, info in found if info is not None], counted.requests
@@ -154,7 +154,7 @@ def test_many_are_looked_up_by_few_listings(server: S3Server, bucket: str) -> No
     found, requests = looked_up([every[-1], *(f"zz{number:03}" for number in range(50)), "é"])
     assert (found, requests["ListObjectsV2"]) == ([every[-1], "é"], 1)
     # What begins like the name before it fills no page: of "p1..." nothing is seen on the way to "p2".
-    put_all(server, bucket, [*(f"root/p1{number:02}" for number in range(2 * PAGE_SIZE)), "root/p2"])
+    put_all(server, bucket, [*(f"base/p1{number:02}" for number in range(2 * PAGE_SIZE)), "base/p2"])
     assert looked_up(["p2"]) == (["p2"], {"ListObjectsV2": 1})
 
 
@@ -162,7 +162,7 @@ def test_odd_names_are_looked_up_too(server: S3Server, bucket: str, store: S3Sto
     there = sorted(["\x01", "!", "\ue000", "\U00010000", "x" * 1019])
     # More than a page lies between them, so that each is looked for by a listing of its own.
     between = [f"{name}-{number:03}" for name in ("!", "x", "y") for number in range(PAGE_SIZE + 1)]
-    put_all(server, bucket, [f"root/{name}" for name in [*there, *between]])
+    put_all(server, bucket, [f"base/{name}" for name in [*there, *between]])
     wanted = sorted([*there, "\x02", "x" * 1018, "x" * 1020, "\ue001"])
     found = [name for name, info in store.stat_many(wanted) if info is not None]
     assert found == there
@@ -171,7 +171,7 @@ def test_odd_names_are_looked_up_too(server: S3Server, bucket: str, store: S3Sto
 def test_a_listing_without_order_is_refused(
     server: S3Server, bucket: str, store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_all(server, bucket, [f"root/{name}" for name in "abc"])
+    put_all(server, bucket, [f"base/{name}" for name in "abc"])
     client = server.client()
     list_in_order = client.list_objects_v2
 
@@ -181,7 +181,7 @@ def test_a_listing_without_order_is_refused(
         return page
 
     monkeypatch.setattr(client, "list_objects_v2", list_backwards)
-    store = S3Store(bucket=bucket, prefix="root", client_factory=lambda: client)
+    store = S3Store(bucket=bucket, prefix="base", client_factory=lambda: client)
     with pytest.raises(StoreError, match="listed in no order"):
         list(store.stat_many(["b"]))
     with pytest.raises(StoreError, match="listed in no order"):
@@ -191,12 +191,12 @@ def test_a_listing_without_order_is_refused(
 def test_identity_is_the_same_for_list_and_stat_and_changes_with_the_content(
     server: S3Server, bucket: str, store: S3Store
 ) -> None:
-    put(server, bucket, "root/a", b"1")
+    put(server, bucket, "base/a", b"1")
     (before,) = store.list()
     assert store.stat("a") == before
-    put(server, bucket, "root/a", b"2")
+    put(server, bucket, "base/a", b"2")
     assert store.stat("a").identity != before.identity
-    put(server, bucket, "root/a", b"1")
+    put(server, bucket, "base/a", b"1")
     assert store.stat("a") == before
 
 
@@ -215,7 +215,7 @@ def test_what_is_missing_is_named(server: S3Server, store: S3Store) -> None:
         lambda store: store.read("none", max_bytes=1),
     ]
     for call in calls:
-        with pytest.raises(FileNotFoundError, match=r"No such object: 's3://bucket-.*/root/none'"):
+        with pytest.raises(FileNotFoundError, match=r"No such object: 's3://bucket-.*/base/none'"):
             call(store)
     assert list(store.list()) == []
     nowhere = S3Store(bucket="no-such-bucket", client_factory=server.client)
@@ -394,12 +394,12 @@ def test_create_shows_the_object_whole_at_the_end(
     server: S3Server, bucket: str, store: S3Store, size: int
 ) -> None:
     data = os.urandom(size)
-    put(server, bucket, "root/a", b"old")
+    put(server, bucket, "base/a", b"old")
     with store.create("a") as stream:
         stream.write(data)
         assert store.read("a", max_bytes=3) == b"old"
     assert store.read("a", max_bytes=size) == data
-    assert keys(server, bucket) == ["root/a"]
+    assert keys(server, bucket) == ["base/a"]
     assert uploads(server, bucket) == []
 
 

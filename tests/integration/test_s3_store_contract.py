@@ -28,4 +28,4 @@ class TestS3Store(StoreContract):
     def opener(self, server: S3Server) -> Opener:
         bucket = f"bucket-{uuid.uuid4().hex}"
         server.client().create_bucket(Bucket=bucket)
-        return lambda: S3Store(bucket=bucket, prefix="root", client_factory=server.client)
+        return lambda: S3Store(bucket=bucket, prefix="base", client_factory=server.client)

@@ -68,7 +68,7 @@ def fs() -> Watched:
 
 @pytest.fixture
 def store(fs: Watched) -> FsspecStore:
-    return FsspecStore(uri="memory://bucket/root", filesystem=lambda _: fs)
+    return FsspecStore(uri="memory://bucket/base", filesystem=lambda _: fs)
 
 
 def put(store: FsspecStore, name: str, data: bytes = b"data") -> None:
@@ -86,19 +86,19 @@ def test_the_file_system_is_made_once_and_not_before_it_is_needed() -> None:
         made.append(uri)
         return Watched()
 
-    store = FsspecStore(uri="memory://mine@bucket/root", filesystem=factory)
+    store = FsspecStore(uri="memory://mine@bucket/base", filesystem=factory)
     assert made == []
     threads = [threading.Thread(target=lambda: list(store.list())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == ["memory://mine@bucket/root/"]
+    assert made == ["memory://mine@bucket/base/"]
 
 
 def test_the_connection_is_no_part_of_the_path(fs: Watched) -> None:
-    put(FsspecStore(uri="memory://mine@bucket/root", filesystem=lambda _: fs), "a")
-    assert fs.find("") == ["/bucket/root/a"]
+    put(FsspecStore(uri="memory://mine@bucket/base", filesystem=lambda _: fs), "a")
+    assert fs.find("") == ["/bucket/base/a"]
 
 
 def test_a_factorys_error_is_raised_at_each_use() -> None:
@@ -144,7 +144,7 @@ class CachedListings(MemoryFileSystem):
 
 
 def test_nothing_is_taken_from_a_cache() -> None:
-    uri = f"memory://{uuid.uuid4().hex}/root"
+    uri = f"memory://{uuid.uuid4().hex}/base"
     cached = CachedListings()
     store, other = FsspecStore(uri=uri, filesystem=lambda _: cached), FsspecStore(uri=uri)
     put(other, "a", b"1")
@@ -183,9 +183,9 @@ def test_marks_of_folders_are_no_objects(
     fs: Watched, store: FsspecStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, "a/b")
-    listed = fs.ls("/bucket/root/a")
-    mark = {"name": "/bucket/root/a/", "size": 0, "type": "file", "created": 1.0}
-    monkeypatch.setattr(fs, "ls", lambda path, detail: [mark, {**mark, "name": "/bucket/root/a"}, *listed])
+    listed = fs.ls("/bucket/base/a")
+    mark = {"name": "/bucket/base/a/", "size": 0, "type": "file", "created": 1.0}
+    monkeypatch.setattr(fs, "ls", lambda path, detail: [mark, {**mark, "name": "/bucket/base/a"}, *listed])
     assert [info.name for info in store.list("a")] == ["a/b"]
 
 
@@ -239,11 +239,11 @@ def test_a_file_system_that_delivers_less_is_asked_for_the_rest(
 
 def test_links_are_no_objects(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
-    (tmp_path / "root/sub").mkdir(parents=True)
-    (tmp_path / "root/a").write_bytes(b"a")
-    (tmp_path / "root/link").symlink_to(tmp_path / "secret")
-    (tmp_path / "root/sub/folder").symlink_to(tmp_path)
-    store = FsspecStore(uri=f"file://{tmp_path}/root", filesystem=lambda _: LocalFileSystem())
+    (tmp_path / "base/sub").mkdir(parents=True)
+    (tmp_path / "base/a").write_bytes(b"a")
+    (tmp_path / "base/link").symlink_to(tmp_path / "secret")
+    (tmp_path / "base/sub/folder").symlink_to(tmp_path)
+    store = FsspecStore(uri=f"file://{tmp_path}/base", filesystem=lambda _: LocalFileSystem())
     assert [info.name for info in store.list()] == ["a"]
     assert dict(store.stat_many(["link"])) == {"link": None}
     for method in (store.stat, store.open, store.open_seekable, lambda name: store.read(name, max_bytes=9)):
@@ -290,12 +290,12 @@ class Uploads(AsyncFileSystem):
 
 def test_a_large_object_is_uploaded_by_the_file_systems_own_way() -> None:
     fs = Uploads()
-    store = FsspecStore(uri="memory://bucket/root", filesystem=lambda _: fs)
+    store = FsspecStore(uri="memory://bucket/base", filesystem=lambda _: fs)
     large = bytes(ONE_REQUEST_BYTES + 1)
     put(store, "a", b"small")
     assert fs.uploads == []
     put(store, "a", large)
-    assert fs.uploads == ["/bucket/root/a"]
+    assert fs.uploads == ["/bucket/base/a"]
     assert store.read("a", max_bytes=len(large)) == large
     fs.breaks_off = True
     with pytest.raises(ConnectionError, match="mid-upload"):
@@ -469,5 +469,5 @@ def test_every_call_is_translated(fs: Watched, store: FsspecStore, method: str) 
         "pipe_file": [lambda: put(store, "a")],
     }
     for call in calls[method]:
-        with pytest.raises(ConnectionError, match="memory://bucket/root/"):
+        with pytest.raises(ConnectionError, match="memory://bucket/base/"):
             call()

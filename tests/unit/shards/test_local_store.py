@@ -23,7 +23,7 @@ from airflow_vlm_provider.shards.stores import (
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    directory = tmp_path / "root"
+    directory = tmp_path / "base"
     directory.mkdir()
     return directory
 
@@ -143,7 +143,7 @@ def test_links_are_followed_within_the_root_only(root: Path, store: LocalStore, 
 
     (root / "data/file").symlink_to(secret)
     (root / "data/directory").symlink_to(tmp_path)
-    for name in ["data/file", "data/directory/secret", "data/up/file", "data/directory/root/data/file"]:
+    for name in ["data/file", "data/directory/secret", "data/up/file", "data/directory/base/data/file"]:
         for method in (store.stat, store.open, lambda name: store.read(name, max_bytes=10)):
             with pytest.raises(OutsideRootError, match="choose a root"):
                 method(name)
@@ -157,8 +157,8 @@ def test_links_are_followed_within_the_root_only(root: Path, store: LocalStore, 
 def test_a_sibling_whose_name_begins_like_the_roots_is_outside(
     root: Path, store: LocalStore, tmp_path: Path
 ) -> None:
-    put(tmp_path, "root-other/a")
-    (root / "link").symlink_to(tmp_path / "root-other/a")
+    put(tmp_path, "base-other/a")
+    (root / "link").symlink_to(tmp_path / "base-other/a")
     with pytest.raises(OutsideRootError):
         store.open("link")
 
@@ -290,11 +290,11 @@ def test_create_shows_the_object_whole_at_the_end(root: Path, store: LocalStore)
 def test_create_makes_directories_and_files_as_the_umask_says(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        with LocalStore(root=str(tmp_path / "new/root")).create("_vlm/a") as stream:
+        with LocalStore(root=str(tmp_path / "new/base")).create("_vlm/a") as stream:
             stream.write(b"x")
     finally:
         os.umask(before)
-    assert (tmp_path / "new/root/_vlm/a").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "new/base/_vlm/a").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
@@ -336,7 +336,7 @@ def test_what_was_created_is_synced_before_and_after_it_is_named(
         stream.write(b"new")
     temporary, *rest = events
     assert temporary.startswith(".")
-    assert rest == ["replace", "root"]
+    assert rest == ["replace", "base"]
 
 
 KILLED = """

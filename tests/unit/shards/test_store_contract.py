@@ -16,7 +16,7 @@ from tests.support.store_contract import Opener, StoreContract
 class TestLocalStore(StoreContract):
     @pytest.fixture
     def opener(self, tmp_path: Path) -> Opener:
-        return lambda: LocalStore(root=str(tmp_path / "root"))
+        return lambda: LocalStore(root=str(tmp_path / "base"))
 
 
 class TestInMemory(StoreContract):
@@ -50,5 +50,5 @@ class TestLocalFilesByFsspec(StoreContract):
     def opener(self, tmp_path: Path) -> Opener:
         from fsspec.implementations.local import LocalFileSystem
 
-        uri = f"file://{tmp_path}/root"
+        uri = f"file://{tmp_path}/base"
         return lambda: FsspecStore(uri=uri, filesystem=lambda _: LocalFileSystem())

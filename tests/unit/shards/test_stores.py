@@ -37,7 +37,7 @@ def no_client() -> None:
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return LocalStore(root=str(tmp_path))
-    return S3Store(bucket="bucket", prefix="root", client_factory=no_client)
+    return S3Store(bucket="bucket", prefix="base", client_factory=no_client)
 
 
 @pytest.mark.parametrize("name", OUTSIDE + INVALID)
