@@ -1,4 +1,4 @@
-"""A Parquet file being written to a stream, row group by row group."""
+"""A Parquet file being written to a stream, row group by row group, and rows on their way into one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from airflow_vlm_provider.shards.arrow_columns import ColumnBuilder
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from _typeshed import ReadableBuffer
+    from typing_extensions import Self
 
 
 class ParquetOutput:
@@ -66,6 +69,45 @@ class ParquetOutput:
                 self._sink, self._schema, write_page_checksum=True, **self._options()
             )
         return self._writer
+
+
+class RowGroups:
+    """Rows on their way into a Parquet file: gathered in columns until they make a row group; a context manager.
+
+    :param output: The file. It is closed with this.
+    :param columns: A builder for each of its columns.
+    """
+
+    def __init__(self, output: ParquetOutput, columns: Sequence[ColumnBuilder]) -> None:
+        self._output = output
+        self._columns = columns
+        self._rows = 0
+        self._bytes = 0
+
+    def __enter__(self) -> Self:
+        self._output.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+        finally:
+            self._output.__exit__(kind, error, trace)
+
+    def _row_added(self, size: int, *, most_rows: int, most_bytes: int) -> None:
+        """Count a row that every column has taken, and write what there is when it is enough."""
+        self._rows += 1
+        self._bytes += size
+        if self._rows >= most_rows or self._bytes >= most_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._output.write([column.finish() for column in self._columns])
+        self._rows = self._bytes = 0
 
 
 class _Sink(io.RawIOBase):

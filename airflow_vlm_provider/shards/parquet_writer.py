@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from airflow_vlm_provider.shards.arrow_columns import ColumnBuilder
 from airflow_vlm_provider.shards.arrow_types import to_arrow
 from airflow_vlm_provider.shards.parquet_layout import writer_options
 from airflow_vlm_provider.shards.parquet_media import EmbeddedMedia, may_hold_media
-from airflow_vlm_provider.shards.parquet_output import ParquetOutput
+from airflow_vlm_provider.shards.parquet_output import ParquetOutput, RowGroups
 from airflow_vlm_provider.shards.parquet_schema import extended_schema, file_metadata
 from airflow_vlm_provider.types import Row, Sample
 
@@ -38,7 +37,7 @@ class Origin:
     group: int
 
 
-class ParquetShardWriter:
+class ParquetShardWriter(RowGroups):
     """A :class:`~airflow_vlm_provider.shards.formats.RowWriter` for samples of one Parquet shard.
 
     :param stream: Takes the file's bytes, which are complete when the context has ended; the caller closes it.
@@ -63,31 +62,17 @@ class ParquetShardWriter:
         self._media = {field.name for field in schema if may_hold_media(field.type)}
         self._fields: list[pa.Field] = list(extended)
         self._names = set(extended.names)
-        self._columns = [ColumnBuilder(field, i if i < known else None) for i, field in enumerate(extended)]
         self._nulls = [pa.nulls(1, field.type) for field in self._fields[known:]]
         self._known = known
-        self._output = ParquetOutput(
+        self._group = 0
+        output = ParquetOutput(
             stream,
             extended,
             metadata=file_metadata(about.metadata or {}, schema),
             options=lambda: writer_options(about, schema, extended),
         )
-        self._group = 0
-        self._rows = 0
-        self._bytes = 0
-
-    def __enter__(self) -> ParquetShardWriter:
-        self._output.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-        finally:
-            self._output.__exit__(kind, error, trace)
+        columns = [ColumnBuilder(field, i if i < known else None) for i, field in enumerate(extended)]
+        super().__init__(output, columns)
 
     def write(self, sample: Sample, rows: Sequence[Row]) -> None:
         """See :class:`~airflow_vlm_provider.shards.formats.RowWriter`.
@@ -127,18 +112,11 @@ class ParquetShardWriter:
         if origin.group != self._group:
             self._flush()
             self._group = origin.group
+        size = sample.size
         for column, single in zip(self._columns, line, strict=True):
             if single is None:
                 column.take(origin.batch, origin.index)
             else:
                 column.put(single)
-                self._bytes += single.nbytes
-        self._rows += 1
-        self._bytes += sample.size
-        if self._bytes >= ROW_GROUP_BYTES or self._rows >= ROW_GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._output.write([column.finish() for column in self._columns])
-        self._rows = self._bytes = 0
+                size += single.nbytes
+        self._row_added(size, most_rows=ROW_GROUP_ROWS, most_bytes=ROW_GROUP_BYTES)

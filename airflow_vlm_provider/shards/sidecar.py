@@ -8,14 +8,13 @@ sample that a step multiplied.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.shards.arrow_columns import ColumnBuilder
 from airflow_vlm_provider.shards.arrow_types import arrow_type, to_arrow
 from airflow_vlm_provider.shards.formats import shard_stem
-from airflow_vlm_provider.shards.parquet_output import ParquetOutput
+from airflow_vlm_provider.shards.parquet_output import ParquetOutput, RowGroups
 from airflow_vlm_provider.shards.parquet_schema import sidecar_metadata
 from airflow_vlm_provider.types import Row, Sample
 
@@ -38,7 +37,7 @@ def sidecar_name(shard_name: str) -> str:
     return shard_stem(shard_name) + SUFFIX
 
 
-class SidecarWriter:
+class SidecarWriter(RowGroups):
     """Writes a shard's sidecar; a :class:`~airflow_vlm_provider.shards.formats.RowWriter`.
 
     The columns are ``key`` (string, null where samples have none), ``row`` (int64, from 0) and the generated fields;
@@ -62,24 +61,9 @@ class SidecarWriter:
         self._generated = [pa.field(name, arrow_type(schema)) for name, schema in generated.items()]
         fields = [pa.field(KEY, pa.string()), pa.field(PLACE, pa.int64(), nullable=False), *self._generated]
         about = sidecar_metadata(shard)
-        self._output = ParquetOutput(stream, pa.schema(fields, metadata=about), options=lambda: _OPTIONS)
-        self._columns = [ColumnBuilder(field) for field in fields]
         self._nulls = [pa.nulls(1, field.type) for field in self._generated]
-        self._rows = 0
-        self._bytes = 0
-
-    def __enter__(self) -> SidecarWriter:
-        self._output.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-        finally:
-            self._output.__exit__(kind, error, trace)
+        output = ParquetOutput(stream, pa.schema(fields, metadata=about), options=lambda: _OPTIONS)
+        super().__init__(output, [ColumnBuilder(field) for field in fields])
 
     def write(self, sample: Sample, rows: Sequence[Row]) -> None:
         """See :class:`~airflow_vlm_provider.shards.formats.RowWriter`.
@@ -108,17 +92,11 @@ class SidecarWriter:
         import pyarrow as pa
 
         own = (pa.array([sample.key], pa.string()), pa.array([sample.index], pa.int64()))
-        for column, single in zip(self._columns, (*own, *line), strict=True):
+        singles = (*own, *line)
+        for column, single in zip(self._columns, singles, strict=True):
             column.put(single)
-            self._bytes += single.nbytes
-        self._rows += 1
-        if self._rows >= ROW_GROUP_ROWS or self._bytes >= ROW_GROUP_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            self._output.write([column.finish() for column in self._columns])
-        self._rows = self._bytes = 0
+        size = sum(single.nbytes for single in singles)
+        self._row_added(size, most_rows=ROW_GROUP_ROWS, most_bytes=ROW_GROUP_BYTES)
 
 
 def _only(value: Any, kind: pa.DataType) -> Any:
