@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from airflow_vlm_provider.errors import ConfigError
@@ -30,6 +31,9 @@ _PROVIDERS = {
     "sftp": "apache-airflow-providers-sftp[sshfs]",
     "ssh": "apache-airflow-providers-sftp[sshfs]",
 }
+
+# How many shards are looked up at once.
+LOOKUP_THREADS = 16
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +152,8 @@ def find_shards(
                 "counting names that begin with '_' or '.'. Check the path, and what the connection may list."
             )
         return store, found
-    found = []
-    for each in dict.fromkeys(names):
+
+    def look_up(each: str) -> ObjectInfo:
         shard_format(each)
         if is_hidden(each):
             raise ConfigError(
@@ -157,7 +161,7 @@ def find_shards(
                 "the next step nor a redrive would find what became of it. Rename it."
             )
         try:
-            found.append(store.stat(each))
+            return store.stat(each)
         except InvalidNameError as error:
             raise ConfigError(
                 f"shards names {each!r}, which can't be the name of a shard: {error}"
@@ -167,7 +171,10 @@ def find_shards(
                 f"shards names {each!r}, which is not to be found below source={source!r}. Names are relative to the "
                 "source; was it planned for another source, or was the shard deleted since?"
             ) from error
-    return store, found
+
+    # A plan's groups are spread over the whole source: listing it would take longer than asking for each.
+    with ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="vlm-find") as threads:
+        return store, list(threads.map(look_up, dict.fromkeys(names)))
 
 
 def _is_usable(name: str) -> bool:
