@@ -29,7 +29,7 @@ def shards(place):
     return made
 
 
-def check(place, shards, *, done, step=None, **options):
+def assert_done(place, shards, *, done, step=None, **options):
     """What the index tells is expected, and what the manifests tell, too."""
     runner = place.runner(ScriptedEngine(), step, **options)
     assert set(finished(runner, standing_commits(runner), shards)) == set(done)
@@ -38,33 +38,33 @@ def check(place, shards, *, done, step=None, **options):
 
 def test_what_was_committed_is_done(place, shards):
     new = place.shard("new.jsonl", [{"text": "new"}])
-    check(place, [*shards, new], done=NAMES)
-    check(place, shards[1:3], done=NAMES[1:3])
+    assert_done(place, [*shards, new], done=NAMES)
+    assert_done(place, shards[1:3], done=NAMES[1:3])
 
 
 def test_a_changed_shard_is_not_done(place, shards):
     changed = place.shard("b.jsonl", [{"text": "other"}])
-    check(place, [shards[0], changed, *shards[2:]], done=("a.jsonl", "c.jsonl", "d.jsonl"))
+    assert_done(place, [shards[0], changed, *shards[2:]], done=("a.jsonl", "c.jsonl", "d.jsonl"))
 
 
 def test_a_shard_is_not_done_whose_output_is_gone_or_another(place, shards):
     (place.destination_path / "a.jsonl").unlink()
     (place.destination_path / "c.jsonl").write_text("another")
-    check(place, shards, done=("b.jsonl", "d.jsonl"))
+    assert_done(place, shards, done=("b.jsonl", "d.jsonl"))
 
 
 def test_nothing_is_done_under_other_parameters(place, shards):
-    check(place, shards, done=(), step=CaptionStep(suffix="!"))
+    assert_done(place, shards, done=(), step=CaptionStep(suffix="!"))
 
 
 def test_what_is_to_be_overwritten_is_not_done(place, shards):
-    check(place, shards, done=(), overwrite=True)
+    assert_done(place, shards, done=(), overwrite=True)
 
 
 def test_the_last_commit_counts(place, shards):
     place.run(ScriptedEngine(), shards[0], step=CaptionStep(suffix="!"))
-    check(place, shards, done=NAMES[1:])
-    check(place, shards, done=NAMES[:1], step=CaptionStep(suffix="!"))
+    assert_done(place, shards, done=NAMES[1:])
+    assert_done(place, shards, done=NAMES[:1], step=CaptionStep(suffix="!"))
 
 
 def failing(*kinds: str) -> ScriptedEngine:
@@ -91,28 +91,28 @@ def failing(*kinds: str) -> ScriptedEngine:
 def test_dead_letters_keep_a_shard_in_the_plan_if_they_may_end_otherwise(place, kinds, rate, done):
     shard = place.shard("a.jsonl", [{"text": f"{row}"} for row in range(4)])
     place.run(failing(*kinds), shard)
-    check(place, [shard], done=["a.jsonl"] if done else [], max_error_rate=rate)
+    assert_done(place, [shard], done=["a.jsonl"] if done else [], max_error_rate=rate)
 
 
 def test_a_replaced_picture_keeps_its_shards_in_the_plan_unless_media_are_trusted(place, shards, caplog):
     place.media.content["one.png"] = b"replaced"
     with caplog.at_level(logging.INFO, logger="airflow_vlm_provider.finished"):
-        check(place, shards, done=NAMES[:3])
+        assert_done(place, shards, done=NAMES[:3])
     assert "Media of 1 shards were replaced" in caplog.text
-    check(place, shards, done=NAMES, trust_media=True)
+    assert_done(place, shards, done=NAMES, trust_media=True)
 
 
 def test_without_its_record_of_media_a_shard_is_not_done(place, shards):
     (place.destination_path / "_vlm" / "d.jsonl" / "caption" / FILE_NAME).unlink()
-    check(place, shards, done=NAMES[:3])
+    assert_done(place, shards, done=NAMES[:3])
 
 
 def test_only_shards_with_dead_letters_are_left_to_a_redrive(place, shards):
     failed = place.shard("e.jsonl", [{"text": "e"}, {"text": "f"}])
     place.run(failing("refused"), failed)
-    check(place, [*shards, failed], done=NAMES, failed_only=True)
-    check(place, [*shards, failed], done=NAMES, failed_only=True, kinds=["refused"])
-    check(place, [*shards, failed], done=[*NAMES, "e.jsonl"], failed_only=True, kinds=["transient"])
+    assert_done(place, [*shards, failed], done=NAMES, failed_only=True)
+    assert_done(place, [*shards, failed], done=NAMES, failed_only=True, kinds=["refused"])
+    assert_done(place, [*shards, failed], done=[*NAMES, "e.jsonl"], failed_only=True, kinds=["transient"])
 
 
 def test_what_a_redrive_knows_nothing_of_is_left_to_its_task(place, shards):

@@ -13,6 +13,7 @@ import airflow
 import jsonschema
 import pytest
 from airflow.providers_manager import ProvidersManager
+from airflow.sdk import BaseOperator
 from airflow.sdk.providers_manager_runtime import ProvidersManagerTaskRuntime
 
 from airflow_vlm_provider.get_provider_info import get_provider_info
@@ -33,7 +34,8 @@ def connection_type() -> dict[str, Any]:
 def test_fits_airflows_schema():
     schema = json.loads((Path(airflow.__file__).parent / "provider_info.schema.json").read_text())
 
-    jsonschema.validate(get_provider_info(), schema)
+    errors = jsonschema.validators.validator_for(schema)(schema).iter_errors(get_provider_info())
+    assert [error.message for error in errors] == []
 
 
 def test_airflow_finds_the_provider_under_its_packages_name():
@@ -111,7 +113,8 @@ def test_the_journals_settings_have_the_defaults_of_the_journal():
     assert flush_policy() == FlushPolicy()
 
 
-def test_every_operator_can_be_imported_by_its_modules_name():
+def test_every_module_of_operators_can_be_imported_and_has_one():
     (group,) = get_provider_info()["operators"]
-    for module in group["python-modules"]:
-        importlib.import_module(module)
+    for name in group["python-modules"]:
+        defined = [each for each in vars(importlib.import_module(name)).values() if isinstance(each, type)]
+        assert any(issubclass(each, BaseOperator) and each.__module__ == name for each in defined), name

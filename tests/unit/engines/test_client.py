@@ -30,9 +30,16 @@ def test_own_headers_are_those_that_were_given():
         asyncio.run(client.close())
 
 
-@pytest.mark.parametrize("url", ["http://localhost:8000/v1", "https://api.openai.com/v1", "http://[::1]:80"])
-def test_addresses(url):
+@pytest.mark.parametrize(
+    "url", ["http://localhost:8000/v1", "https://api.openai.com/v1", "http://[::1]:8080"]
+)
+def test_an_address_that_passes_is_the_one_that_is_sent_to(url):
     check_address("vlm", url)
+    client = make_client(base_url=url)
+    try:
+        assert str(client.base_url) == url.rstrip("/") + "/"
+    finally:
+        asyncio.run(client.close())
 
 
 @pytest.mark.parametrize(
@@ -62,6 +69,13 @@ def test_headers_that_cannot_be_sent_are_named_but_not_quoted():
     assert KEY not in str(caught.value)
 
 
-def test_keys_and_headers_that_can_be_sent():
-    check_headers("vlm", KEY, {"X-Team": "computer vision, team 1"})
-    check_headers("vlm", "", {})
+@pytest.mark.parametrize(
+    ("key", "headers"), [(KEY, {"X-Team": "computer vision, team 1"}), ("", {}), ("", {"X-Tab": "a\tb"})]
+)
+def test_keys_and_headers_that_pass_are_sent_as_they_are(key, headers):
+    check_headers("vlm", key, headers)
+    client = make_client(base_url="http://127.0.0.1:9/v1", api_key=key, headers=headers)
+    try:
+        assert own_headers(client) == {"Authorization": f"Bearer {key or 'EMPTY'}", **headers}
+    finally:
+        asyncio.run(client.close())

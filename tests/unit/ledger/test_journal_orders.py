@@ -186,7 +186,7 @@ class History:
             if attempt is not None:
                 attempt.appended = [line for line in attempt.appended if line not in gone]
 
-    async def check(self) -> None:
+    async def assert_durable_is_there(self) -> None:
         final = Attempt(self.files, self.policy)
         lines: list[bytes] = []
         await final.journal.load(lambda some: (lines.extend(some), final.take(some))[0])
@@ -199,11 +199,11 @@ class History:
         await final.journal.close()
 
 
-async def play(files: Any, policy: FlushPolicy, order: list[tuple[str, int, int]]) -> None:
+async def assert_reads_back(files: Any, policy: FlushPolicy, order: list[tuple[str, int, int]]) -> None:
     history = History(files, policy)
     for each in order:
         await history.step(*each)
-    await history.check()
+    await history.assert_durable_is_there()
     for attempt in history.attempts:
         if attempt is not None:
             await attempt.journal.close()
@@ -219,7 +219,7 @@ policies = st.builds(FlushPolicy, answers=st.integers(1, 6))
 def test_any_order_of_events_reads_back_as_what_is_durable(policy, order):
     logging.getLogger("airflow_vlm_provider.ledger.journal").setLevel(logging.ERROR)
     try:
-        asyncio.run(play(MemoryFiles(), policy, order))
+        asyncio.run(assert_reads_back(MemoryFiles(), policy, order))
     finally:
         logging.getLogger("airflow_vlm_provider.ledger.journal").setLevel(logging.NOTSET)
 
@@ -229,7 +229,7 @@ def test_any_order_of_events_reads_back_as_what_is_durable(policy, order):
 def test_any_order_of_events_on_a_disk_reads_back_as_what_is_durable(tmp_path_factory, policy, order):
     logging.getLogger("airflow_vlm_provider.ledger.journal").setLevel(logging.ERROR)
     try:
-        asyncio.run(play(LocalStore(root=str(tmp_path_factory.mktemp("store"))), policy, order))
+        asyncio.run(assert_reads_back(LocalStore(root=str(tmp_path_factory.mktemp("store"))), policy, order))
     finally:
         logging.getLogger("airflow_vlm_provider.ledger.journal").setLevel(logging.NOTSET)
 

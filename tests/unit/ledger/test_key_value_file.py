@@ -183,7 +183,10 @@ except OSError as error:
     assert "Free space" in message
 
 
-def test_closing_it_twice_is_no_error():
+def test_closing_it_twice_is_no_error_and_leaves_it_closed():
     table = KeyValueFile()
+    table.put_many([(b"key", b"value")])
     table.close()
     table.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        table.get(b"key")

@@ -63,36 +63,6 @@ def test_what_is_templated_is_not_judged_before_it_is_rendered():
         check_destination(task.source, task.destination)
 
 
-@pytest.mark.parametrize(
-    ("source", "destination"),
-    [
-        ("s3://b/in/", "s3://b/in"),
-        ("s3://b/in", "s3://b/in/deeper"),
-        ("s3://b", "s3://b/out/"),
-        ("file:///data/in", "/data/in/"),
-        ("/data/in", "file:///data/in/out"),
-        ("/data/x/../in", "/data/in"),
-    ],
-)
-def test_a_destination_at_or_inside_the_source_is_refused(source, destination):
-    with pytest.raises(ConfigError):
-        check_destination(source, destination)
-
-
-@pytest.mark.parametrize(
-    ("source", "destination"),
-    [
-        ("s3://b/in/", "s3://b/input/"),
-        ("s3://b/in/", "s3://c/in/"),
-        ("s3://b/in/part.jsonl", "s3://b/in/tagged/"),
-        ("/data/in", "s3://data/in"),
-        ("s3://b/in/", "s3://b/"),
-    ],
-)
-def test_a_destination_beside_the_source_is_fine(source, destination):
-    check_destination(source, destination)
-
-
 def test_a_single_shard_is_not_replaced_by_its_own_output(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("{}\n")
     monkeypatch.setenv("AIRFLOW_CONN_VLM_DEFAULT", json.dumps({"conn_type": "vlm", "host": "h"}))

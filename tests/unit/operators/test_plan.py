@@ -245,7 +245,7 @@ def test_a_mapped_task_group_counts_too(place):
 # --- what can't be told ----------------------------------------------------------------------------------------
 
 
-def all_planned(plan: PlanShardsOperator, why: str, capfd, **more: Any) -> None:
+def assert_all_planned(plan: PlanShardsOperator, why: str, capfd, **more: Any) -> None:
     assert run(plan, **more) == NAMES
     (said,) = [line for line in capfd.readouterr().out.splitlines() if "left out" in line]
     assert why in said
@@ -259,7 +259,7 @@ def done(place):
 
 
 def test_nothing_maps_over_the_plan(done, capfd):
-    all_planned(planning(done), "nothing in the DAG maps over the plan", capfd)
+    assert_all_planned(planning(done), "nothing in the DAG maps over the plan", capfd)
 
 
 def test_something_else_maps_over_the_plan_too(done, capfd):
@@ -270,7 +270,7 @@ def test_something_else_maps_over_the_plan_too(done, capfd):
     plan = mapped(done)
     with plan.dag:
         look.expand(shards=plan.output)
-    all_planned(plan, "'look' maps over the plan too", capfd)
+    assert_all_planned(plan, "'look' maps over the plan too", capfd)
 
 
 def test_an_operator_maps_over_more_than_the_plan(done, capfd):
@@ -279,7 +279,7 @@ def test_an_operator_maps_over_more_than_the_plan(done, capfd):
         parameters = tagging(done)
         del parameters["source"]
         ImageTaggingVLMOperator.partial(**parameters).expand(shards=plan.output, source=[str(done / "in")])
-    all_planned(plan, "'tag' maps over more than the plan's groups", capfd)
+    assert_all_planned(plan, "'tag' maps over more than the plan's groups", capfd)
 
 
 def test_an_operator_maps_over_what_was_made_of_the_plan(done, capfd):
@@ -288,16 +288,16 @@ def test_an_operator_maps_over_what_was_made_of_the_plan(done, capfd):
         ImageTaggingVLMOperator.partial(**tagging(done)).expand(
             shards=plan.output.map(lambda group: group[:1])
         )
-    all_planned(plan, "'tag' maps over more than the plan's groups", capfd)
+    assert_all_planned(plan, "'tag' maps over more than the plan's groups", capfd)
 
 
 def test_a_connection_is_missing(done, capfd, monkeypatch):
     monkeypatch.delenv("AIRFLOW_CONN_VLM_DEFAULT")
-    all_planned(mapped(done), "vlm_default", capfd)
+    assert_all_planned(mapped(done), "vlm_default", capfd)
 
 
 def test_a_template_can_not_be_rendered(done, capfd):
-    all_planned(mapped(done, {"destination": "{{ params.place.deep }}"}), "parameters of 'tag'", capfd)
+    assert_all_planned(mapped(done, {"destination": "{{ params.place.deep }}"}), "parameters of 'tag'", capfd)
 
 
 def test_a_parameter_comes_from_a_task_that_has_not_run(done, capfd):
@@ -311,7 +311,7 @@ def test_a_parameter_comes_from_a_task_that_has_not_run(done, capfd):
         ImageTaggingVLMOperator.partial(**parameters).expand(shards=plan.output)
     more = context()
     more["ti"].xcom_pull = lambda **_: None
-    all_planned(plan, "parameters of 'tag'", capfd, **more)
+    assert_all_planned(plan, "parameters of 'tag'", capfd, **more)
 
 
 # --- large plans -----------------------------------------------------------------------------------------------

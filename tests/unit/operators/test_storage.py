@@ -122,35 +122,6 @@ def test_a_name_that_is_no_data_is_refused_as_a_shard(tmp_path: Path, name: str)
     assert [each.name for each in find_shards(folder, storage=storage)[1]] == [shard]
 
 
-@pytest.mark.parametrize(
-    ("source", "destination"),
-    [
-        ("gs://bucket/in/", "gs://bucket/in"),
-        ("gs://bucket/in", "gs://bucket/in/deeper"),
-        ("gs://bucket/in", "gs://mine@bucket/in/"),
-        ("gs://mine@bucket", "gs://mine@bucket/out"),
-        ("GS://bucket/in", "gs://bucket/in"),
-    ],
-)
-def test_a_destination_at_or_inside_the_source_is_refused(source: str, destination: str) -> None:
-    with pytest.raises(ConfigError, match="destination"):
-        check_destination(source, destination)
-
-
-@pytest.mark.parametrize(
-    ("source", "destination"),
-    [
-        ("gs://bucket/in", "gs://bucket/input"),
-        ("gs://bucket/in", "s3://bucket/in"),
-        ("gs://bucket/in", "abfs://bucket/in"),
-        # Two storage accounts may each have a container of this name.
-        ("abfs://mine@images/in", "abfs://yours@images/in"),
-    ],
-)
-def test_a_destination_elsewhere_is_fine(source: str, destination: str) -> None:
-    check_destination(source, destination)
-
-
 @pytest.mark.parametrize("uri", ["https://host/in/", "gs:///in", "gs://me:hush@bucket/in", "s3a://b/in"])
 def test_a_uri_of_no_store_is_refused_at_once(uri: str) -> None:
     for source, destination in ((uri, "s3://out/"), ("s3://in/", uri)):

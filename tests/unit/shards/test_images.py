@@ -513,7 +513,7 @@ SEEDS = [
 ]
 
 
-def fits_or_says_why(data: bytes, max_pixels: int | None) -> None:
+def assert_fits_or_says_why(data: bytes, max_pixels: int | None) -> None:
     try:
         result, _ = fit_image(data, max_pixels=max_pixels)
     except SampleError as error:
@@ -534,7 +534,7 @@ def test_a_damaged_image_raises_nothing_but_a_sample_error(
     data = bytearray(seed)
     for place, value in changes:
         data[int(place * len(data))] = value
-    fits_or_says_why(bytes(data[: int(len(data) * share)]), max_pixels)
+    assert_fits_or_says_why(bytes(data[: int(len(data) * share)]), max_pixels)
 
 
 @settings(max_examples=200, deadline=None)
@@ -548,10 +548,10 @@ def test_a_damaged_image_raises_nothing_but_a_sample_error(
 def test_random_bytes_raise_nothing_but_a_sample_error(
     magic: bytes, rest: bytes, max_pixels: int | None
 ) -> None:
-    fits_or_says_why(magic + rest, max_pixels)
+    assert_fits_or_says_why(magic + rest, max_pixels)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=100), st.sampled_from([b"VP8 ", b"VP8L", b"VP8X", b"ALPH"]))
 def test_random_webps_raise_nothing_but_a_sample_error(rest: bytes, kind: bytes) -> None:
-    fits_or_says_why(b"RIFF" + struct.pack("<I", len(rest) + 8) + b"WEBP" + kind + rest, 10)
+    assert_fits_or_says_why(b"RIFF" + struct.pack("<I", len(rest) + 8) + b"WEBP" + kind + rest, 10)
