@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -186,7 +187,8 @@ except OSError as error:
 def test_closing_it_twice_is_no_error_and_leaves_it_closed():
     table = KeyValueFile()
     table.put_many([(b"key", b"value")])
+    assert len(table) == 1
     table.close()
     table.close()
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        table.get(b"key")
+        len(table)
