@@ -14,9 +14,9 @@ import copy
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from airflow_vlm_provider.errors import SampleError
+from airflow_vlm_provider.errors import NoVideoError, SampleError
 from airflow_vlm_provider.ledger.records import answer_of, to_line
 from airflow_vlm_provider.types import Answer, Request
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from airflow_vlm_provider.ledger.answers import Answers
     from airflow_vlm_provider.ledger.journal import ShardJournal
 
+Note = Callable[[Answer], Mapping[str, Any]]
 # Far from the seeds that steps themselves use to ask again.
 SEEDS_APART = 1000
 
@@ -65,14 +66,26 @@ class Answering:
         """Whether :meth:`answer` will most likely not ask. For any thread."""
         return key not in self._anew and self._answers.has(key)
 
-    async def answer(
-        self, key: str, ready: Callable[[], Awaitable[Request]], journal: ShardJournal, *, ask: bool = True
-    ) -> Given | None:
-        """Answer one request.
+    @property
+    def takes_video(self) -> bool:
+        """Whether the engine takes a video as such, as far as is known."""
+        return self._engine.takes_video
 
-        :param key: The request's key.
-        :param ready: Makes the request ready to be sent, its media loaded; only called when it is to be sent.
+    async def answer(
+        self,
+        key: str,
+        find: Callable[[], Awaitable[Answer]],
+        journal: ShardJournal,
+        *,
+        ask: bool = True,
+        note: Note | None = None,
+    ) -> Given | None:
+        """Answer one question.
+
+        :param key: Its key.
+        :param find: Finds the answer that is not known: :meth:`ask`, or a look at a file.
         :param journal: The journal of the shard that wants the answer.
+        :param note: Makes of an answer that was found what else is kept beside it.
         :param ask: False takes only what is known.
         :return: The answer; None when it is not known and must not be asked for.
         :raises SampleError: it can't be answered for its own sake.
@@ -87,7 +100,7 @@ class Answering:
                 return None
             shared = self._in_flight.get(key)
             if shared is None:
-                return await self._ask(key, ready, journal)
+                return await self._find(key, find, journal, note)
             # Not awaited itself: cancelled here, it would be cancelled for everybody.
             await asyncio.wait((shared,))
             settled = shared.result()
@@ -99,15 +112,32 @@ class Answering:
                 journal.use(settled)
                 return Given(answer_of(settled), fresh=False)
 
-    async def _ask(self, key: str, ready: Callable[[], Awaitable[Request]], journal: ShardJournal) -> Given:
+    async def ask(self, key: str, ready: Callable[[], Awaitable[Request]]) -> Answer:
+        """Ask the engine.
+
+        :param key: The request's key.
+        :param ready: Makes the request ready to be sent, its media loaded; called again when the engine turns out to
+            take no videos.
+        :raises SampleError: it can't be answered for its own sake.
+        """
+        rounds = self._anew.get(key, 0)
+        request = _drawn_anew(await ready(), rounds)
+        try:
+            return await self._engine.ask(request)
+        except NoVideoError:
+            pass
+        return await self._engine.ask(_drawn_anew(await ready(), rounds))
+
+    async def _find(
+        self, key: str, find: Callable[[], Awaitable[Answer]], journal: ShardJournal, note: Note | None
+    ) -> Given:
         settled: bytes | SampleError | None = None
         shared = self._in_flight[key] = asyncio.get_running_loop().create_future()
         try:
-            request = await ready()
-            if rounds := self._anew.get(key):
-                request = _drawn_anew(request, rounds)
-            answer = await self._engine.ask(request)
-            line = to_line(key, answer, time=datetime.now(timezone.utc))
+            answer = replace(await find(), key=key)
+            line = to_line(
+                key, answer, time=datetime.now(timezone.utc), note=None if note is None else note(answer)
+            )
             try:
                 await journal.append(line)
             finally:
@@ -130,7 +160,7 @@ class Answering:
 
 def _drawn_anew(request: Request, rounds: int) -> Request:
     """The same request with another seed; where nothing is drawn (temperature 0) it stays as it is."""
-    if request.sampling.get("temperature") == 0:
+    if not rounds or request.sampling.get("temperature") == 0:
         return request
     seed = (request.sampling.get("seed") or 0) + SEEDS_APART * rounds
     return replace(request, sampling={**request.sampling, "seed": seed})

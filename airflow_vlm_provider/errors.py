@@ -38,7 +38,7 @@ LASTING_KINDS = frozenset(
     }
 )
 # What the model itself said no to, or said nothing useful about: asking again may end otherwise, and costs.
-ANSWERED_KINDS = frozenset({"unparsable", "refused", "rejected"})
+ANSWERED_KINDS = frozenset({"unparsable", "refused", "rejected", "empty_answer", "cut_short", "repetitive"})
 
 
 class SampleError(VLMError):
@@ -46,7 +46,7 @@ class SampleError(VLMError):
 
     :param kind: Short machine-readable reason, words joined by underscores: ``malformed_row``,
         ``media_missing``, ``media_corrupt``, ``media_too_large``, ``media_refused``, ``unparsable``,
-        ``refused``, ``rejected``, ``transient``...
+        ``refused``, ``rejected``, ``empty_answer``, ``cut_short``, ``repetitive``, ``transient``...
     :param message: A sentence for a person.
     :param media: The media reference at fault, as it stands in the row; None when it was none in particular.
     :param attempts: How often the engine was asked before giving up; 0 when it never was.
@@ -79,6 +79,13 @@ class TransientError(SampleError):
 
     def __init__(self, message: str, *, media: str | None = None, attempts: int = 0) -> None:
         super().__init__("transient", message, media=media, attempts=attempts)
+
+
+class NoVideoError(VLMError):
+    """The engine was sent a video, and its model takes none: the frames have to be sent as images.
+
+    Raised once, or a few times at once: from then on the engine's ``takes_video`` is False.
+    """
 
 
 class EngineError(VLMError):

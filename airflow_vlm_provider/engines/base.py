@@ -22,6 +22,9 @@ class Engine(Protocol):
     concurrency: int
     """How many requests the engine keeps in flight at most; the runner prepares a little more than that."""
 
+    takes_video: bool
+    """Whether a video may be sent as such, as far as is known; otherwise its frames are sent as images."""
+
     def parameters(self) -> Mapping[str, Any]:
         """What decides an answer besides the request, as JSON values: model, revision, default sampling.
 
@@ -32,6 +35,7 @@ class Engine(Protocol):
         """Answer one request whose media are loaded.
 
         :raises SampleError: the request can't be answered for its own sake (refused, too long, bad media).
+        :raises NoVideoError: it holds a video, and the model takes none, as turns out now.
         :raises TransientError: it could not be answered within the retries.
         :raises EngineError: the engine is gone.
         :raises ConfigError: the key, the model or a parameter is wrong.

@@ -102,6 +102,7 @@ class OpenAIEngine:
             )
         self.model = model
         self.concurrency = concurrency
+        self.takes_video = True
         self._given_client = client
         self._base_url = str(client.base_url) if client is not None else str(base_url)
         # A key that was pasted often ends in a line break.

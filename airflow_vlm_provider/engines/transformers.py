@@ -105,6 +105,7 @@ class TransformersEngine:
         self.revision = revision
         self.gpu_batch_size = gpu_batch_size
         self.concurrency = concurrency or 2 * gpu_batch_size
+        self.takes_video = False
         self._device = device
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code

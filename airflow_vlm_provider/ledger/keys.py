@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import marshal
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 from airflow_vlm_provider.ledger.canonical import canonical
-from airflow_vlm_provider.types import Request
+from airflow_vlm_provider.types import MediaRef, Request
 
 KEY_VERSION = 1
 """Part of every key: a change to how they are made must not find answers to other questions."""
@@ -30,11 +31,22 @@ class RequestKeys:
 
     :param engine: What decides an answer besides the request, as the engine's ``parameters()`` has it.
     :param media: How media are prepared before they are sent; not where they may lie.
+    :param video: What of that concerns videos alone.
     :raises TypeError: one of them is no JSON value.
     """
 
-    def __init__(self, *, engine: Mapping[str, Any], media: Mapping[str, Any]) -> None:
+    def __init__(
+        self, *, engine: Mapping[str, Any], media: Mapping[str, Any], video: Mapping[str, Any] | None = None
+    ) -> None:
         self._common = _digest({"version": KEY_VERSION, "engine": engine, "media": media})
+        self._video = dict(video or {})
+
+    def of_probe(self, digest: str) -> str:
+        """Return the key of a question about a video file itself, whichever model is asked about it otherwise.
+
+        :param digest: SHA-256 of the file's bytes, in hexadecimal.
+        """
+        return _digest({"version": KEY_VERSION, "probe": digest, "video": self._video})[:_HEX_DIGITS]
 
     def of(self, request: Request, digests: Sequence[str]) -> str:
         """Return a request's key: 32 hexadecimal digits.
@@ -43,15 +55,17 @@ class RequestKeys:
         :raises ValueError: there are not as many of them as there are media.
         :raises TypeError: the schema or the sampling parameters are no JSON values.
         """
-        parts: list[tuple[str, str]] = []
+        parts: list[tuple[Any, ...]] = []
         left = iter(digests)
         for part in request.parts:
             if isinstance(part, str):
                 parts.append(("text", part))
-            elif (digest := next(left, None)) is not None:
-                parts.append((part.kind, digest))
-            else:
+            elif (digest := next(left, None)) is None:
                 raise ValueError(f"The request has more media than the {len(digests)} digests given.")
+            elif isinstance(part, MediaRef) and part.frames is not None:
+                parts.append((part.kind, digest, asdict(part.frames), self._video))
+            else:
+                parts.append((part.kind, digest))
         if next(left, None) is not None:
             raise ValueError(f"The request has fewer media than the {len(digests)} digests given.")
         return _digest([self._common, _frame(request), parts])[:_HEX_DIGITS]
@@ -59,11 +73,13 @@ class RequestKeys:
 
 def _frame(request: Request) -> str:
     """Hash what seldom varies from one sample to the next."""
-    frame = (request.system, request.schema, request.sampling, request.n)
+    frame: tuple[Any, ...] = (request.system, request.schema, request.sampling, request.n)
+    if request.completion is not None:
+        frame += (request.completion,)
     try:
         # The values themselves can't be looked up: they may be changed later, and 1 equals True. These bytes tell
         # apart whatever differs, and are made several times as fast as the canonical ones.
-        packed = marshal.dumps(frame, 2)  # type: ignore[arg-type]
+        packed = marshal.dumps(frame, 2)
     except ValueError:  # another class of mapping
         return _digest(frame)
     return _digest_of_packed(packed)

@@ -2,7 +2,8 @@
 
 A line begins with exactly ``{"key":"<32 hex>","time":"<32 characters>",``, so that what lines are looked up and
 compared by is found without parsing them. Then follow ``model``, ``usage`` (``requests``, ``prompt_tokens``,
-``completion_tokens``) and ``choices``, each with ``text`` and ``finish_reason``.
+``completion_tokens``) and ``choices``, each with ``text`` and ``finish_reason``; last, where the step has something
+to keep beside the answer, ``note``: an object.
 
 Every text survives. (Where Python keeps the two halves of a surrogate pair apart, which JSON cannot, they come back
 as the one character that they are.)
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any, get_args
 
@@ -27,11 +29,12 @@ _USAGE = tuple(Usage.__dataclass_fields__)
 _FINISH_REASONS = frozenset(get_args(FinishReason))
 
 
-def to_line(key: str, answer: Answer, *, time: datetime) -> bytes:
+def to_line(key: str, answer: Answer, *, time: datetime, note: Mapping[str, Any] | None = None) -> bytes:
     """Spell an answer as a line, without the line end.
 
     :param key: The request's key.
     :param time: When it came; with a time zone.
+    :param note: What else is kept beside it, as JSON values.
     :raises ValueError: the key is none, or the time has no time zone.
     """
     if time.tzinfo is None:
@@ -43,6 +46,8 @@ def to_line(key: str, answer: Answer, *, time: datetime) -> bytes:
         "usage": {name: getattr(answer.usage, name) for name in _USAGE},
         "choices": [{"text": each.text, "finish_reason": each.finish_reason} for each in answer.choices],
     }
+    if note:
+        record["note"] = note
     try:
         line = _ENCODER.encode(record).encode()
     except UnicodeEncodeError:  # a surrogate, which UTF-8 has no bytes for
@@ -86,6 +91,7 @@ def answer_of(line: bytes) -> Answer:
             choices=tuple(_choice(each) for each in _checked(record["choices"], list)),
             model=_checked(record["model"], str),
             usage=Usage(**{name: _checked(usage[name], int) for name in _USAGE}),
+            key=key_of(line),
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _malformed(line) from error

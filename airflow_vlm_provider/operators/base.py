@@ -16,6 +16,7 @@ from airflow.sdk import Asset, BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 
 from airflow_vlm_provider.errors import ConfigError
+from airflow_vlm_provider.operators.engines import EngineOptions
 from airflow_vlm_provider.operators.parameters import check_partial
 from airflow_vlm_provider.operators.plans import shards_label
 
@@ -46,7 +47,7 @@ class ShardOperator(BaseOperator):
     :param vlm_conn_id: Connection of type ``vlm`` (templated).
     :param aws_conn_id: Connection for S3; None uses boto3's own search for credentials (templated).
     :param api_or_hf_model: Model to ask, by the endpoint's name for it or its Hugging Face one; None takes the
-        connection's, or else Qwen/Qwen2.5-VL-7B-Instruct (templated).
+        connection's, or else the operator's default: Qwen/Qwen2.5-VL-7B-Instruct, if it names no other (templated).
     :param is_api_model: True asks the connection's endpoint whatever engine the connection names.
     :param engine: ``openai``, ``transformers`` or ``vllm`` (refused for now: this version does not start vLLM by
         itself, but ``openai`` asks a running one); None takes the connection's, or else ``openai``.
@@ -59,6 +60,10 @@ class ShardOperator(BaseOperator):
     :param image_key: Field of the list of image references.
     :param video_key: Field of the list of video references.
     :param meta_key: Field of the dict that takes generated fields.
+    :param image_special_token: What stands in the text for an image.
+    :param video_special_token: What stands in the text for a video.
+    :param audio_special_token: What stands in the text for a sound.
+    :param eoc_special_token: What ends a chunk of the text.
     :param media_roots: Where media may be: ``s3://bucket/prefix/``, folders, ``https://host/path/``, or ``https://``
         for any public host; None allows only what lies where the shards are. A relative reference is looked for
         beside its shard, then below each root (templated).
@@ -112,6 +117,10 @@ class ShardOperator(BaseOperator):
         image_key: str = "images",
         video_key: str = "videos",
         meta_key: str = "__dj__meta__",
+        image_special_token: str = "<__dj__image>",
+        video_special_token: str = "<__dj__video>",
+        audio_special_token: str = "<__dj__audio>",
+        eoc_special_token: str = "<|__dj__eoc|>",
         media_roots: Sequence[str] | None = None,
         max_pixels: int | None = None,
         max_error_rate: float = 0.1,
@@ -143,6 +152,10 @@ class ShardOperator(BaseOperator):
         self.image_key = image_key
         self.video_key = video_key
         self.meta_key = meta_key
+        self.image_special_token = image_special_token
+        self.video_special_token = video_special_token
+        self.audio_special_token = audio_special_token
+        self.eoc_special_token = eoc_special_token
         self.media_roots = media_roots
         self.max_pixels = max_pixels
         self.max_error_rate = max_error_rate
@@ -163,6 +176,10 @@ class ShardOperator(BaseOperator):
 
         :raises ConfigError: one of them is wrong.
         """
+
+    def engine_options(self) -> EngineOptions:
+        """What this operator wants of its engine besides the parameters that all operators have."""
+        return EngineOptions()
 
     @classmethod
     def partial(cls, **kwargs: Any) -> OperatorPartial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from airflow_vlm_provider.errors import ConfigError
@@ -15,6 +16,21 @@ DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 DEFAULT_CONCURRENCY = 32
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a kind of operator wants of its engine.
+
+    :param model: Model where neither operator nor connection names one, by engine; for engines that are not in it,
+        :data:`DEFAULT_MODEL`.
+    :param detail: ``detail`` of every image (``openai`` engine only).
+    :param local: Arguments of the engines that load a model themselves.
+    """
+
+    model: Mapping[str, str] = field(default_factory=dict)
+    detail: str | None = None
+    local: Mapping[str, Any] = field(default_factory=dict)
+
+
 def make_engine(
     hook: VLMHook,
     *,
@@ -24,23 +40,25 @@ def make_engine(
     api_endpoint: str | None,
     response_path: str | None,
     model_params: Mapping[str, Any] | None,
+    options: EngineOptions | None = None,
 ) -> Engine:
     """Make the engine that answers; what the operator leaves open, the connection decides.
 
     :raises ConfigError: the engine is not known or not to be had, or a parameter does not fit it.
     """
+    options = options or EngineOptions()
     settings = hook.settings
     kind = engine or settings.engine
-    model = model or settings.model or DEFAULT_MODEL
+    model = model or settings.model or options.model.get(kind, DEFAULT_MODEL)
     if kind == "openai":
         from airflow_vlm_provider.engines.openai import OpenAIEngine
 
         # Not the hook's client: the engine's own sits on aiohttp, which takes a third less CPU, and it closes it.
-        options = hook.client_options()
+        client = hook.client_options()
         return OpenAIEngine(
-            base_url=options["base_url"],
-            api_key=options["api_key"],
-            headers=options["default_headers"],
+            base_url=client["base_url"],
+            api_key=client["api_key"],
+            headers=client["default_headers"],
             name=f"connection {hook.vlm_conn_id!r}",
             model=model,
             concurrency=concurrency or settings.max_concurrency or DEFAULT_CONCURRENCY,
@@ -50,6 +68,7 @@ def make_engine(
             api_endpoint=api_endpoint,
             response_path=response_path,
             model_params=model_params,
+            detail=options.detail,
         )
     for name, value in (("api_endpoint", api_endpoint), ("response_path", response_path)):
         if value is not None:
@@ -59,7 +78,7 @@ def make_engine(
     if kind == "transformers":
         from airflow_vlm_provider.engines.transformers import TransformersEngine
 
-        params = {**settings.engine_args, **(model_params or {})}
+        params = {**settings.engine_args, **options.local, **(model_params or {})}
         if "gpu_batch_size" in params:
             params["gpu_batch_size"] = _whole("gpu_batch_size", params["gpu_batch_size"])
         own = {

@@ -59,4 +59,10 @@ class ImageTaggingVLMOperator(ShardOperator):
             text_key=self.text_key,
             image_key=self.image_key,
             meta_key=self.meta_key,
+            special_tokens=(
+                self.image_special_token,
+                self.video_special_token,
+                self.audio_special_token,
+                self.eoc_special_token,
+            ),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,6 +107,16 @@ def _check_values(given: Any) -> None:
         value = getattr(given, name)
         if not isinstance(value, str) or not value:
             raise ParameterError(f"{name}={value!r} must be a field's name.")
+    tokens = {name: getattr(given, f"{name}_special_token") for name in ("image", "video", "audio", "eoc")}
+    for name, value in tokens.items():
+        if not isinstance(value, str) or not value:
+            raise ParameterError(f"{name}_special_token={value!r} must be a string that is not empty.")
+    for name, other in permutations(tokens, 2):
+        if tokens[name] in tokens[other]:
+            raise ParameterError(
+                f"{name}_special_token={tokens[name]!r} is part of {other}_special_token={tokens[other]!r}; choose tokens "
+                "that can be told apart."
+            )
 
 
 def _check_lists(given: Any) -> None:

@@ -80,6 +80,7 @@ def make_runner(
         api_endpoint=operator.api_endpoint,
         response_path=operator.response_path,
         model_params=operator.model_params,
+        options=operator.engine_options(),
     )
     media = MediaLoader(
         source_uri=source.uri,

@@ -47,11 +47,12 @@ from airflow_vlm_provider.shards.stores import (
     Store,
     StoreError,
 )
-from airflow_vlm_provider.types import Media, MediaRef, SourceMedia
+from airflow_vlm_provider.types import FrameSampling, Media, MediaRef, Part, SourceMedia
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 1024 * 1024
+VIDEO_VERSION = 1
 # A reference that holds a picture instead of naming one would drown the list of dead letters.
 _REPORTED_CHARS = 1000
 # The identity of a FIFO, or of a link to where nothing may be read: where a search ends, unlike where nothing is.
@@ -117,6 +118,10 @@ class MediaLoader:
         """What decides what a model is shown of given bytes, as JSON values: part of every request's key."""
         return {"max_pixels": self._max_pixels, "preprocessing": PREPROCESSING_VERSION}
 
+    def video_parameters(self) -> Mapping[str, Any]:
+        """What of :meth:`answering_parameters` concerns videos alone."""
+        return {"preprocessing": VIDEO_VERSION}
+
     def memory_parameters(self) -> Mapping[str, Any]:
         """What must be the same for what was found out about a shard's media to hold again, as JSON values.
 
@@ -158,10 +163,16 @@ class MediaLoader:
         digest = hashlib.sha256(data).hexdigest()
         return SourceMedia(kind=ref.kind, ref=ref.ref, data=data, digest=digest, looked=tuple(looked))
 
-    def prepare(self, source: SourceMedia) -> Media:
+    def prepare(
+        self, source: SourceMedia, *, frames: FrameSampling | None = None, as_video: bool = False
+    ) -> Sequence[Part]:
         """
-        Make an image fit for a model: checked, upright, small enough. Takes a CPU's time and waits for nothing.
+        Make an image or a video fit for a model: checked, upright, small enough. Takes a CPU's time and waits for
+        nothing.
 
+        :param frames: Of a video, which frames.
+        :param as_video: Of a video: as one video; else its frames as images, and a text that says so.
+        :return: What stands in the message in its place.
         :raises SampleError: ``media_corrupt``, ``media_unsupported`` or ``media_too_large``.
         """
         try:
@@ -169,7 +180,15 @@ class MediaLoader:
         except SampleError as error:
             error.media, error.looked = _reported(source.ref), source.looked
             raise
-        return Media(kind=source.kind, mime=mime, data=data, ref=source.ref)
+        return (Media(kind=source.kind, mime=mime, data=data, ref=source.ref),)
+
+    def probe(self, source: SourceMedia) -> Mapping[str, Any]:
+        """
+        Tell what a video file is like; see :class:`~airflow_vlm_provider.types.Probe`.
+
+        :raises SampleError: ``media_corrupt`` or ``media_unsupported``.
+        """
+        raise NotImplementedError
 
     def identities(self, uris: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         """

@@ -9,6 +9,7 @@ try, a summary of the first answers), and finally returns a :class:`~airflow_vlm
         return Result(rows=({**sample.row, "caption": answer.choices[0].text},))
 
 Whoever drives the generator decides where answers come from: an engine, a journal, or a test's list.
+A :class:`~airflow_vlm_provider.types.Probe` among the requests asks no model, but what a video file is like.
 A sample that can't be done raises :class:`~airflow_vlm_provider.errors.SampleError`.
 """
 
@@ -17,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
-from airflow_vlm_provider.types import Answer, Request, Result, Sample
+from airflow_vlm_provider.types import Answer, Probe, Request, Result, Sample
 
-StepRun = Generator[Sequence[Request], Sequence[Answer], Result]
+StepRun = Generator[Sequence[Request | Probe], Sequence[Answer], Result]
 
 
 class Step(Protocol):

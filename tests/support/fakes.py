@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from airflow_vlm_provider.errors import SampleError
@@ -15,6 +15,7 @@ from airflow_vlm_provider.types import (
     Choice,
     Media,
     MediaRef,
+    Part,
     Request,
     Result,
     Sample,
@@ -67,6 +68,7 @@ class ScriptedEngine:
     """
 
     model = "scripted"
+    takes_video = True
 
     def __init__(
         self,
@@ -147,10 +149,16 @@ class FakeMedia:
         data = self.content.get(ref.ref, ref.ref.encode())
         return SourceMedia(ref.kind, ref.ref, data, hashlib.sha256(data).hexdigest(), looked)
 
-    def prepare(self, source: SourceMedia) -> Media:
+    def video_parameters(self) -> Mapping[str, Any]:
+        return {}
+
+    def probe(self, source: SourceMedia) -> Mapping[str, Any]:
+        return {"duration": 10.0, "width": 4, "height": 4, "fps": 25.0}
+
+    def prepare(self, source: SourceMedia, **how: Any) -> Sequence[Part]:
         if source.data.startswith(b"corrupt"):
             raise SampleError("media_corrupt", f"{source.ref} is corrupt", media=source.ref)
-        return Media("image", "image/png", source.data, source.ref)
+        return (Media(source.kind, "image/png", source.data, source.ref),)
 
     def identities(self, uris: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         for uri in uris:

@@ -7,4 +7,5 @@ from airflow_vlm_provider.types import Media, MediaRef
 
 
 def load_media(loader: MediaLoader, ref: MediaRef, *, shard: str = "") -> Media:
-    return loader.prepare(loader.fetch(ref, shard=shard))
+    (media,) = loader.prepare(loader.fetch(ref, shard=shard))
+    return media

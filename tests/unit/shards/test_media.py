@@ -295,7 +295,7 @@ def test_fetching_hands_out_the_source_bytes_whatever_they_are(data: Path) -> No
 def test_preparing_decodes_what_was_fetched(data: Path) -> None:
     shared = loader(data, max_pixels=16)
     source = shared.fetch(MediaRef("image", "b.jpg"), shard="shards/1.jsonl")
-    media = shared.prepare(source)
+    (media,) = shared.prepare(source)
     assert (media.kind, media.ref, media.mime) == ("image", "b.jpg", "image/jpeg")
     width, height = decode(media.data).size
     assert width * height <= 16
@@ -505,7 +505,7 @@ def test_what_the_shard_embeds_is_looked_for_nowhere_else(data: Path) -> None:
         source = shared.fetch(MediaRef("image", ref), shard="shards/1.jsonl", embedded=embedded)
         assert (source.data, source.looked) == (content, ())
         assert source.digest == hashlib.sha256(content).hexdigest()
-        assert shared.prepare(source).ref == ref
+        assert shared.prepare(source)[0].ref == ref
     with pytest.raises(SampleError) as caught:
         shared.fetch(MediaRef("image", "a.jpg"), embedded=embedded)
     assert caught.value.kind == "media_refused"
