@@ -98,6 +98,88 @@ def tiny_qwen(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, seed: 
     return folder
 
 
+def tiny_qwen3_vl(folder: Path, *, seed: int = 0) -> Path:
+    """Write a Qwen3-VL of about 0.7 million random weights, with its processor.
+
+    :param folder: Where to; made when it is not there.
+    :param seed: Decides the weights.
+    """
+    import torch
+    from transformers import (
+        GenerationConfig,
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    patches = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(
+            size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}, **patches
+        ),
+        tokenizer=tiny_tokenizer(),
+        # Of a video, the pixels of all its frames count together.
+        video_processor=Qwen3VLVideoProcessor(
+            size={"shortest_edge": 4 * 32 * 32, "longest_edge": 16 * 128 * 128}, **patches
+        ),
+        chat_template=CHAT_TEMPLATE,
+    )
+    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": PADDED_VOCABULARY,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.2,
+            "rope_theta": 10000.0,
+            "rope_scaling": {
+                "rope_type": "default",
+                "mrope_section": [12, 10, 10],
+                "mrope_interleaved": True,
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": 128,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.8,
+        top_k=20,
+        eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
+        pad_token_id=ids["<|endoftext|>"],
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 def changed_copy(checkpoint: Path, folder: Path, **config: Any) -> Path:
     """A copy of a checkpoint whose ``config.json`` has other values."""
     shutil.copytree(checkpoint, folder)
