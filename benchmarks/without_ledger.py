@@ -79,7 +79,7 @@ class NoKeys:
         return str(next(self._numbers))
 
 
-def no_line(key: str, answer: Any, *, time: Any) -> bytes:
+def no_line(key: str, answer: Any, *, time: Any, note: Any) -> bytes:
     return b""
 
 

@@ -246,8 +246,12 @@ class Journal:
         self.used.append(line)
 
 
-async def ready() -> Request:
-    return Request(system=None, parts=("x",))
+async def answer(answering: Answering, journal: Any) -> Any:
+    async def ready() -> Request:
+        return Request(system=None, parts=("x",))
+
+    key = "0" * 32
+    return await answering.answer(key, lambda: answering.ask(key, ready), journal)
 
 
 def test_an_answer_that_came_before_who_asked_was_stopped_is_not_asked_for_again():
@@ -256,8 +260,8 @@ def test_an_answer_that_came_before_who_asked_was_stopped_is_not_asked_for_again
         async with engine:
             answering: Any = Answering(engine=engine, answers=Known())  # type: ignore[arg-type]
             full, other = Journal(room=False), Journal(room=True)
-            first = asyncio.create_task(answering.answer("0" * 32, ready, full))
-            second = asyncio.create_task(answering.answer("0" * 32, ready, other))
+            first = asyncio.create_task(answer(answering, full))
+            second = asyncio.create_task(answer(answering, other))
             await full.reached.wait()
             first.cancel()
             given = await second
@@ -274,8 +278,8 @@ def test_who_waits_for_an_answer_of_which_the_asker_was_stopped_asks_itself():
         async with engine:
             answering: Any = Answering(engine=engine, answers=Known())  # type: ignore[arg-type]
             journal = Journal(room=True)
-            first = asyncio.create_task(answering.answer("0" * 32, ready, Journal(room=True)))
-            second = asyncio.create_task(answering.answer("0" * 32, ready, journal))
+            first = asyncio.create_task(answer(answering, Journal(room=True)))
+            second = asyncio.create_task(answer(answering, journal))
             await asyncio.sleep(0.05)
             assert engine.asked == ["x"]
             first.cancel()

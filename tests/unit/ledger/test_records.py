@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from functools import reduce
 from itertools import permutations
@@ -45,8 +46,14 @@ def test_an_answer_survives_the_line_whatever_its_text(key, answer, time):
     assert line.startswith(b'{"key":"' + key.encode() + b'",')
     assert line[8:40].decode() == key == key_of(line)
     assert datetime.fromisoformat(json.loads(line)["time"]) == time
-    assert answer_of(line) == answer
+    assert answer_of(line) == replace(answer, key=key)
     assert is_record(line)
+
+
+def test_what_a_step_keeps_beside_an_answer_stands_in_its_line():
+    line = to_line(KEY, ANSWER, time=NOON, note={"distances": [3, 0]})
+    assert json.loads(line)["note"] == {"distances": [3, 0]}
+    assert answer_of(line) == replace(ANSWER, key=KEY)
 
 
 def test_a_line_is_plain_json_with_the_agreed_fields():
