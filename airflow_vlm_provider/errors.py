@@ -16,6 +16,7 @@ No message may hold a secret: they are logged, and written to ``errors.jsonl`` a
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class SampleError(VLMError):
     :param message: A sentence for a person.
     :param media: The media reference at fault, as it stands in the row; None when it was none in particular.
     :param attempts: How often the engine was asked before giving up; 0 when it never was.
+    :param keys: The keys of the answers that it failed for, where a step knows them; without them, all that was asked
+        about ``media`` counts as being at fault, and is what is asked again for it.
 
     What loads media sets ``looked`` to where it looked for the medium at fault, so that a run can tell later
     whether the reason still holds.
@@ -57,12 +60,21 @@ class SampleError(VLMError):
 
     looked: Looked
 
-    def __init__(self, kind: str, message: str, *, media: str | None = None, attempts: int = 0) -> None:
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        *,
+        media: str | None = None,
+        attempts: int = 0,
+        keys: Sequence[str] = (),
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.media = media
         self.attempts = attempts
+        self.keys = tuple(keys)
         self.looked = ()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -130,9 +130,8 @@ class SampleRunner:
         except StopIteration as stop:
             result: Result = stop.value
         except SampleError as error:
-            return Outcome(
-                sample, "failed", error=error, usage=asked.usage, keys=asked.keys_about(error.media)
-            )
+            keys = error.keys or asked.keys_about(error.media)
+            return Outcome(sample, "failed", error=error, usage=asked.usage, keys=keys)
         except (VLMError, MemoryError, OSError):
             raise
         except Exception as error:

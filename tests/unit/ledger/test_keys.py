@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from airflow_vlm_provider.ledger import keys as keys_module
 from airflow_vlm_provider.ledger.keys import RequestKeys
-from airflow_vlm_provider.types import Media, MediaRef, Request
+from airflow_vlm_provider.types import FrameSampling, Media, MediaRef, Request
 
 ENGINE = {"model": "m", "sampling": {"temperature": 0}}
 MEDIA = {"max_pixels": 1000}
@@ -172,3 +172,43 @@ def test_what_repeats_is_hashed_once_and_what_does_not_is_not_hoarded():
     for number in range(500):
         keys.of(ask(parts=(), system=f"sample {number}"), [])
     assert cached.cache_info().currsize < 100
+
+
+VIDEO = FrameSampling(fps=2.0, max_frames=32)
+
+
+def video_key(frames: FrameSampling = VIDEO, digest: str = DIGEST, video: Any = None, **common: Any) -> str:
+    keys = RequestKeys(**{"engine": ENGINE, "media": MEDIA, **common}, video=video)
+    return keys.of(ask(parts=(MediaRef("video", "a.mp4", frames), "What is it?")), [digest])
+
+
+def test_which_frames_of_a_video_are_shown_and_how_is_part_of_its_key():
+    frames = [
+        VIDEO,
+        FrameSampling(1.0, 32),
+        FrameSampling(2.0, 16),
+        FrameSampling(2.0, 32, start=10.0),
+        FrameSampling(2.0, 32, end=10.0),
+        FrameSampling(2.0, 32, transport="video"),
+        FrameSampling(2.0, 32, transport="frames"),
+    ]
+    keys = {video_key(each) for each in frames} | {video_key(digest=OTHER), video_key(video={"version": 2})}
+    assert len(keys) == len(frames) + 2
+    assert video_key(FrameSampling(2, 32)) == video_key()
+
+
+def test_how_videos_are_prepared_is_in_no_key_of_a_picture():
+    plain = key(ask(), DIGEST)
+    assert plain == RequestKeys(engine=ENGINE, media=MEDIA, video={"version": 2}).of(ask(), [DIGEST])
+
+
+def test_a_probe_is_known_by_the_file_whichever_model_is_asked_about_it():
+    def probe(digest: str = DIGEST, *, video: Any = None, **common: Any) -> str:
+        return RequestKeys(**{"engine": ENGINE, "media": MEDIA, **common}, video=video).of_probe(digest)
+
+    assert probe() == probe(engine={"model": "another"}) == probe(media={"max_pixels": 2000})
+    assert len({probe(), probe(OTHER), probe(video={"version": 2}), video_key()}) == 4
+
+
+def test_what_continues_a_text_is_asked_something_else():
+    assert len({key(ask(completion=each), DIGEST) for each in (None, "", "a photo of")}) == 3
