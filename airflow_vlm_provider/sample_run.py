@@ -24,6 +24,7 @@ from airflow_vlm_provider.ledger.dead_letters import NotTriedAgainError
 from airflow_vlm_provider.types import (
     Answer,
     Choice,
+    Independent,
     Media,
     MediaRef,
     Outcome,
@@ -124,6 +125,8 @@ class SampleRunner:
             requests = next(run)
             while True:
                 settled = await self._settle_all(sample, requests, asked)
+                if isinstance(requests, Independent):
+                    settled = [_as_answer(each) for each in settled]
                 errors = [each for each in settled if isinstance(each, SampleError)]
                 answers = [each for each in settled if isinstance(each, Answer)]
                 requests = run.throw(errors[0]) if errors else run.send(answers)
@@ -222,6 +225,10 @@ class SampleRunner:
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, function)
+
+
+def _as_answer(settled: Answer | SampleError) -> Answer:
+    return Answer((), model="", error=settled) if isinstance(settled, SampleError) else settled
 
 
 @dataclasses.dataclass

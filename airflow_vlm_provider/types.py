@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from airflow_vlm_provider.errors import SampleError
 
 MediaKind = Literal["image", "video"]
 Status = Literal["ok", "cached", "skipped", "failed"]
@@ -179,6 +182,16 @@ class Probe:
         return (self.ref,)
 
 
+class Independent(tuple["Request | Probe", ...]):
+    """Requests that a step yields of which each may fail for itself: its answer then holds the error.
+
+    Of any others, the first error of the sample's own is thrown into the step, and the answers beside it are lost
+    to it.
+    """
+
+    __slots__ = ()
+
+
 FinishReason = Literal["stop", "length", "refusal", "other"]
 
 
@@ -199,12 +212,14 @@ class Answer:
     """What an engine made of one request: ``n`` choices, the model as the engine names it, and the cost.
 
     :param key: What the answer is found by in the journal. The engine leaves it empty; a step always sees it.
+    :param error: Why there is no answer, to one of several :class:`Independent` requests; the rest is empty then.
     """
 
     choices: tuple[Choice, ...]
     model: str
     usage: Usage = field(default_factory=Usage)
     key: str = ""
+    error: SampleError | None = None
 
 
 @dataclass(frozen=True, slots=True)

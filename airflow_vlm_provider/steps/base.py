@@ -10,7 +10,9 @@ try, a summary of the first answers), and finally returns a :class:`~airflow_vlm
 
 Whoever drives the generator decides where answers come from: an engine, a journal, or a test's list.
 A :class:`~airflow_vlm_provider.types.Probe` among the requests asks no model, but what a video file is like.
-A sample that can't be done raises :class:`~airflow_vlm_provider.errors.SampleError`.
+A sample that can't be done raises :class:`~airflow_vlm_provider.errors.SampleError`. Where a request can't be answered
+for the sample's own sake, this is thrown into the generator; of requests that are yielded as
+:class:`~airflow_vlm_provider.types.Independent`, it comes back in the place of the answer.
 """
 
 from __future__ import annotations

@@ -1,0 +1,62 @@
+"""Several runs at the same time: what each of them asks next is asked at once.
+
+A run is a generator as a step's ``process`` is one. Each goes on with its own answers, and the error of a request is
+thrown into the run that it is of. Equal requests are asked once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
+
+from airflow_vlm_provider.errors import SampleError
+from airflow_vlm_provider.types import Answer, Independent, Probe, Request
+
+T = TypeVar("T")
+Asking = Sequence[Request | Probe]
+
+
+def together(
+    runs: Sequence[Generator[Asking, Sequence[Answer], T]],
+    *,
+    may_fail: Callable[[SampleError], bool],
+) -> Generator[Asking, Sequence[Answer], list[T | SampleError]]:
+    """What the runs return, in their order.
+
+    :param may_fail: Whether a run may end in this error; the error then stands in the place of its result.
+    :raises SampleError: the first run that fails, where it may not. Nothing more is asked of the others then.
+    """
+    ended: dict[int, T | SampleError] = {}
+    asking: dict[int, Asking] = {}
+
+    def go_on(number: int, answers: Sequence[Answer] | None) -> None:
+        run = runs[number]
+        error = next((answer.error for answer in answers or () if answer.error is not None), None)
+        try:
+            if error is not None:
+                asking[number] = run.throw(error)
+            else:
+                asking[number] = run.send(answers)  # type: ignore[arg-type]
+        except StopIteration as stop:
+            ended[number] = stop.value
+        except SampleError as failure:
+            if not may_fail(failure):
+                raise
+            ended[number] = failure
+
+    try:
+        for number in range(len(runs)):
+            go_on(number, None)
+        while asking:
+            now = list(asking.items())
+            asking.clear()
+            distinct: list[Request | Probe] = []
+            for _, requests in now:
+                distinct += [request for request in requests if request not in distinct]
+            answers = yield Independent(distinct)
+            for number, requests in now:
+                go_on(number, [answers[distinct.index(request)] for request in requests])
+    finally:
+        for run in runs:
+            run.close()
+    return [ended[number] for number in range(len(runs))]
