@@ -1,0 +1,1 @@
+"""Data-Juicer's recipes: what one says, in this package's words."""
