@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_vlm_provider.errors import NoVideoError, SampleError
 from airflow_vlm_provider.ledger.records import answer_of, to_line
-from airflow_vlm_provider.types import Answer, Request
+from airflow_vlm_provider.types import Answer, Request, Usage
 
 if TYPE_CHECKING:
     from airflow_vlm_provider.engines.base import Engine
@@ -124,9 +124,10 @@ class Answering:
         request = _drawn_anew(await ready(), rounds)
         try:
             return await self._engine.ask(request)
-        except NoVideoError:
-            pass
-        return await self._engine.ask(_drawn_anew(await ready(), rounds))
+        except NoVideoError as error:
+            refused = Usage(requests=error.attempts)
+        answer = await self._engine.ask(_drawn_anew(await ready(), rounds))
+        return replace(answer, usage=refused + answer.usage)
 
     async def _find(
         self, key: str, find: Callable[[], Awaitable[Answer]], journal: ShardJournal, note: Note | None

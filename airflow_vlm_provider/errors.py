@@ -97,7 +97,13 @@ class NoVideoError(VLMError):
     """The engine was sent a video, and its model takes none: the frames have to be sent as images.
 
     Raised once, or a few times at once: from then on the engine's ``takes_video`` is False.
+
+    :param attempts: How many requests were sent to find out.
     """
+
+    def __init__(self, message: str, *, attempts: int = 0) -> None:
+        super().__init__(message)
+        self.attempts = attempts
 
 
 class EngineError(VLMError):

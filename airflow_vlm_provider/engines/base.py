@@ -22,8 +22,9 @@ class Engine(Protocol):
     concurrency: int
     """How many requests the engine keeps in flight at most; the runner prepares a little more than that."""
 
-    takes_video: bool
-    """Whether a video may be sent as such, as far as is known; otherwise its frames are sent as images."""
+    @property
+    def takes_video(self) -> bool:
+        """Whether a video may be sent as such, as far as is known; otherwise its frames are sent as images."""
 
     def parameters(self) -> Mapping[str, Any]:
         """What decides an answer besides the request, as JSON values: model, revision, default sampling.

@@ -10,42 +10,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError
+from airflow_vlm_provider.engines import wordings
+from airflow_vlm_provider.errors import ConfigError, EngineError, NoVideoError, SampleError
 
 _QUOTED = 500
 """Characters of an endpoint's own words that a message repeats."""
 
 _TRANSIENT = {408, 409, 425, 429}
 _SAMPLE = {400, 413, 422}
+# Which of a model's inputs are missing is also said by these: no such media type, nobody who takes it.
+_NO_SUCH_INPUT = _SAMPLE | {404, 415}
+_READ = 10_000
+"""Characters of them that are read: some endpoints repeat the whole request, media and all."""
+
+_SMALLER = "A lower max_pixels makes media smaller, and a lower max_frames takes fewer frames of a video."
 _LONGEST_WAIT = 600.0
 """Seconds of ``Retry-After`` that are waited out; beyond, a task's retry is the better place to wait."""
-
-_NO_CREDIT = re.compile(r"insufficient_quota|billing_hard_limit|exceeded your current quota", re.I)
-_SCHEMA = re.compile(r"response_format|json.?schema|guided|structured.?output|grammar", re.I)
-_REFUSED = re.compile(r"content.?(filter|policy|management)|moderation|safety|responsible_?ai", re.I)
-_TOO_LONG = re.compile(
-    r"context.?(length|window)|maximum model length|max_model_len|too (long|many tokens)|string_above_max_length",
-    re.I,
-)
-_NO_VISION = re.compile(
-    r"not a multimodal model|image_url is only supported|(not|n't) support (image|vision|video|multimodal)|"
-    r"no endpoints? .*support image",
-    re.I,
-)
-_BAD_MEDIA = re.compile(
-    r"(invalid|unsupported|corrupt\w*|cannot identify|could not|failed|unable|truncated|too (large|small)).{0,60}"
-    r"\b(image|video)|\b(image|video)\b.{0,60}(invalid|unsupported|corrupt|truncated|too (large|small)|not valid)|"
-    r"invalid_(image|base64)|image_parse_error",
-    re.I | re.S,
-)
-_NO_MODEL = re.compile(
-    r"model_not_found|invalid.model|model\b.{0,120}(does not exist|not found)", re.I | re.S
-)
-_BAD_PARAMETER = re.compile(
-    r"(unsupported|unknown|invalid|missing|unrecognized).(parameter|value|type|argument|request argument|field)|"
-    r"extra_forbidden|extra inputs are not permitted|permitted range",
-    re.I,
-)
 
 # A transport reports a connection that could not be made by its own class, and which one lies under the client
 # (httpx, httpx2, aiohttp) is not this module's business: hence names.
@@ -113,21 +93,24 @@ class Diagnosis:
         :param sent: The request's body.
         """
         message, code, param = _fields(body)
+        message = message[:_READ]
         words = f"{code} {message}"
         quoted = self.quote(message)
-        if status == 429 and _NO_CREDIT.search(words):
+        if status == 429 and wordings.NO_CREDIT.search(words):
             return ConfigError(
                 f"{self.name}: the account behind the API key has no credit left ({quoted}). Check its plan and "
                 "billing, or set another key as the connection's password."
             )
         if status in _TRANSIENT or status >= 500:
             return self._passing(status, headers, quoted)
+        if status in _NO_SUCH_INPUT and "video_url" in _media(sent) and wordings.says_no_video(words):
+            return NoVideoError(quoted)
         if status in (401, 403):
             return ConfigError(
                 f"{self.name}: {self.endpoint} denies access (status {status}: {quoted}). Set the connection's "
                 "password to an API key that may use this model."
             )
-        if status == 404 or (status in _SAMPLE and _NO_MODEL.search(words)):
+        if status == 404 or (status in _SAMPLE and wordings.NO_MODEL.search(words)):
             return self._not_found(words, quoted)
         if status in _SAMPLE:
             return self._of_request(status, words, param, quoted, sent)
@@ -146,13 +129,16 @@ class Diagnosis:
             return PassingError(f"{self.endpoint} cannot be reached ({detail})", reason="unreachable")
         return PassingError(f"the connection to {self.endpoint} broke ({detail})")
 
-    def of_content(self, content: object) -> Exception:
-        """Judge a 200 that holds no answer: cut short, a proxy's page, an error in disguise."""
+    def of_content(self, content: object, sent: Mapping[str, Any]) -> Exception:
+        """Judge a 200 that holds no answer: cut short, a proxy's page, an error in disguise.
+
+        :param sent: The request's body.
+        """
         if isinstance(content, Mapping) and content.get("error"):
             error = content["error"]
             code = error.get("code") if isinstance(error, Mapping) else None
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
-            return self.of_status(status, {}, error, {})
+            return self.of_status(status, {}, error, sent)
         return PassingError(
             f"{self.endpoint} answered with something that is no answer: {self.quote(content)!r}"
         )
@@ -171,7 +157,7 @@ class Diagnosis:
         )
 
     def _not_found(self, words: str, quoted: str) -> ConfigError:
-        if _NO_MODEL.search(words):
+        if wordings.NO_MODEL.search(words):
             return ConfigError(
                 f"{self.name}: {self.endpoint} has no model {self.model!r} ({quoted}). Set 'model' to one of those "
                 "that GET /v1/models lists."
@@ -184,24 +170,27 @@ class Diagnosis:
     def _of_request(
         self, status: int, words: str, param: str, quoted: str, sent: Mapping[str, Any]
     ) -> Exception:
-        if "max_completion_tokens" in words and "max_tokens" in sent and not _TOO_LONG.search(words):
+        if "max_completion_tokens" in words and "max_tokens" in sent and not wordings.TOO_LONG.search(words):
             return UnsupportedError("max_tokens", quoted)
-        if "response_format" in sent and (_SCHEMA.search(words) or param.startswith("response_format")):
+        if "response_format" in sent and (
+            wordings.SCHEMA.search(words) or param.startswith("response_format")
+        ):
             return UnsupportedError("response_format", quoted)
         rejected = SampleError("rejected", f"{self.endpoint} rejects the request (status {status}): {quoted}")
-        if _TOO_LONG.search(words) or status == 413:
-            return rejected
-        if _NO_VISION.search(words):
+        if wordings.TOO_LONG.search(words) or wordings.TOO_MANY.search(words) or status == 413:
+            remedy = f" {_SMALLER}" if _media(sent) else ""
+            return SampleError("rejected", f"{rejected.message.rstrip('.')}.{remedy}")
+        if wordings.NO_VISION.search(words):
             return ConfigError(
                 f"{self.name}: the model {self.model!r} does not take such media ({quoted}). Set 'model' to a "
                 "vision-language model."
             )
-        if _REFUSED.search(words):
+        if wordings.REFUSED.search(words):
             return SampleError("refused", f"{self.endpoint} refuses the content (status {status}): {quoted}")
-        if _BAD_MEDIA.search(words):
+        if wordings.BAD_MEDIA.search(words):
             return rejected
         named = _named_parameter(words, param, sent)
-        if named or (_BAD_PARAMETER.search(words) and "messages" not in f"{param} {words}"):
+        if named or (wordings.BAD_PARAMETER.search(words) and "messages" not in f"{param} {words}"):
             subject = f"the parameter {named!r}" if named else "a parameter"
             return ConfigError(
                 f"{self.name}: {self.endpoint} does not accept {subject} ({quoted}). Remove or change it where "
@@ -241,6 +230,12 @@ def _fields(body: object) -> tuple[str, str, str]:
         kinds = f"{inner.get('code') or ''} {inner.get('type') or ''}"
         return str(message), kinds, str(inner.get("param") or "")
     return str(body or "no message"), "", ""
+
+
+def _media(sent: Mapping[str, Any]) -> set[str]:
+    """The types of the media that a body holds: ``image_url``, ``video_url``."""
+    contents = [message["content"] for message in sent.get("messages", ())]
+    return {part["type"] for content in contents if isinstance(content, list) for part in content} - {"text"}
 
 
 def _named_parameter(words: str, param: str, sent: Mapping[str, Any]) -> str | None:

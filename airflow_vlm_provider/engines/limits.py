@@ -6,7 +6,7 @@ import asyncio
 
 from aiolimiter import AsyncLimiter
 
-from airflow_vlm_provider.types import Request
+from airflow_vlm_provider.types import Request, Usage
 
 _TOKENS_PER_MEDIUM = 1000
 _TOKENS_PER_ANSWER = 256
@@ -98,13 +98,13 @@ class TokenEstimate:
         answer = max_tokens if max_tokens is not None else self._answer_tokens / self._answers
         return _prompt_guess(request) * correction + answer * request.n
 
-    def learn(self, request: Request, *, prompt_tokens: int, completion_tokens: int) -> None:
+    def learn(self, request: Request, usage: Usage) -> None:
         """Take note of what a request was billed."""
-        if prompt_tokens:
+        if usage.prompt_tokens:
             self._guessed += _prompt_guess(request)
-            self._billed += prompt_tokens
+            self._billed += usage.prompt_tokens
         self._answers += request.n
-        self._answer_tokens += completion_tokens
+        self._answer_tokens += usage.completion_tokens
 
 
 def _prompt_guess(request: Request) -> float:

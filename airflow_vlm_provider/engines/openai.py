@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
+from airflow_vlm_provider.engines.abilities import Abilities
 from airflow_vlm_provider.engines.chat import ResponsePath, build_body, read_answer
 from airflow_vlm_provider.engines.client import (
     check_address,
@@ -22,7 +23,13 @@ from airflow_vlm_provider.engines.client import (
 from airflow_vlm_provider.engines.failures import Diagnosis, PassingError, UnsupportedError, public_url
 from airflow_vlm_provider.engines.health import Health, Turn
 from airflow_vlm_provider.engines.limits import Limits, TokenEstimate
-from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, TransientError
+from airflow_vlm_provider.errors import (
+    ConfigError,
+    EngineError,
+    NoVideoError,
+    SampleError,
+    TransientError,
+)
 from airflow_vlm_provider.types import Answer, Request
 
 if TYPE_CHECKING:
@@ -102,7 +109,6 @@ class OpenAIEngine:
             )
         self.model = model
         self.concurrency = concurrency
-        self.takes_video = True
         self._given_client = client
         self._base_url = str(client.base_url) if client is not None else str(base_url)
         # A key that was pasted often ends in a line break.
@@ -116,10 +122,7 @@ class OpenAIEngine:
         self._model_params = dict(model_params or {})
         self._structured_output = structured_output
         self._detail = detail
-        self._structured = structured_output
-        self._completion_tokens = False
         self._warned_of_rate_limit = False
-        self._warned_of_candidates = False
         endpoint = self._api_endpoint
         if not urlsplit(endpoint).scheme:
             endpoint = f"{self._base_url.rstrip('/')}/{endpoint.lstrip('/')}"
@@ -131,6 +134,7 @@ class OpenAIEngine:
             model=model,
             secrets=[self._api_key, password, *self._headers.values()],
         )
+        self._abilities = Abilities(name=name, endpoint=public_url(endpoint), structured=structured_output)
         self._health = Health(
             name=name,
             endpoint=public_url(endpoint),
@@ -157,6 +161,11 @@ class OpenAIEngine:
             "detail": self._detail,
         }
 
+    @property
+    def takes_video(self) -> bool:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return self._abilities.video
+
     async def __aenter__(self) -> OpenAIEngine:
         for library in ("httpx", "httpx2"):
             # They log a line per request at INFO: hundreds of thousands in the log of one task.
@@ -177,6 +186,8 @@ class OpenAIEngine:
 
     async def ask(self, request: Request) -> Answer:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        # At once, and not after a wait for a place in the window.
+        self._check(request)
         turn = Turn()
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(PassingError),
@@ -192,7 +203,7 @@ class OpenAIEngine:
         # Raised out here, an exception carries no context: what an HTTP library says may hold secrets.
         if self._end is None and (outage := self._health.given_up(failure)):
             self._give_up(outage)
-        self._check()
+        self._check(request, turn)
         raise TransientError(
             f"{self._name}: no answer after {turn.sent} attempts; the last failure: {failure}",
             attempts=turn.sent,
@@ -203,13 +214,13 @@ class OpenAIEngine:
         async with self._limits.window:
             while True:
                 await self._limits.permit(self._tokens(request))
-                self._check()
+                self._check(request, turn)
                 body = await build_body(
                     request,
                     model=self.model,
                     model_params=self._model_params,
-                    structured=self._structured,
-                    completion_tokens=self._completion_tokens,
+                    structured=self._abilities.structured,
+                    completion_tokens=self._abilities.completion_tokens,
                     detail=self._detail,
                 )
                 self._health.sending(turn)
@@ -217,11 +228,13 @@ class OpenAIEngine:
                 if not isinstance(answer, UnsupportedError) or answer.feature in refused:
                     break
                 refused.add(answer.feature)
-                self._do_without(answer)
+                self._abilities.do_without(answer)
         if isinstance(answer, Exception):
             raise self._judged(answer, turn)
         self._health.succeeded()
-        self._learn(request, answer)
+        self._abilities.answered(request, answer)
+        if self._estimate is not None:
+            self._estimate.learn(request, answer.usage)
         return answer
 
     async def _send(self, body: dict[str, Any], turn: Turn) -> Answer | Exception:
@@ -244,16 +257,16 @@ class OpenAIEngine:
         except UnicodeEncodeError as error:
             return SampleError("rejected", f"The prompt holds text that UTF-8 cannot encode: {error.reason}.")
         except json.JSONDecodeError as error:
-            return diagnosis.of_content(error.doc)
+            return diagnosis.of_content(error.doc, body)
         except UnicodeDecodeError:
-            return diagnosis.of_content("bytes that are not UTF-8")
+            return diagnosis.of_content("bytes that are not UTF-8", body)
         except TimeoutError:
             return PassingError(f"{diagnosis.endpoint} gave no answer within {self._timeout:g} s")
         except lost as error:
             return diagnosis.of_exception(error)
-        return self._read(data, turn)
+        return self._read(data, body, turn)
 
-    def _read(self, data: Any, turn: Turn) -> Answer | Exception:
+    def _read(self, data: Any, sent: Mapping[str, Any], turn: Turn) -> Answer | Exception:
         diagnosis = self._diagnosis
         try:
             if isinstance(data, str):
@@ -262,7 +275,7 @@ class OpenAIEngine:
             return read_answer(data, path=self._path, model=self.model, requests=turn.sent)
         except (LookupError, ValueError, TypeError) as error:
             if self._path.text == ResponsePath.DEFAULT or not isinstance(data, Mapping) or "error" in data:
-                return diagnosis.of_content(data)
+                return diagnosis.of_content(data, sent)
             return ConfigError(
                 f"{self._name}: response_path {self._path.text!r} leads to nothing in the responses of "
                 f"{diagnosis.endpoint} ({diagnosis.quote(error)})."
@@ -282,6 +295,9 @@ class OpenAIEngine:
                     error,
                 )
             return error
+        if isinstance(error, NoVideoError):
+            error.attempts = turn.sent
+            error = self._abilities.without_video(error)
         if isinstance(error, UnsupportedError):
             error = ConfigError(
                 f"{self._name}: {self._diagnosis.endpoint} does not accept {error.feature} ({error}). Remove it "
@@ -294,40 +310,11 @@ class OpenAIEngine:
             self._give_up(error)
         return error
 
-    def _do_without(self, refusal: UnsupportedError) -> None:
-        if refusal.feature == "max_tokens":
-            self._completion_tokens = True
-        elif self._structured:
-            self._structured = False
-            log.warning(
-                "%s: %s does not constrain answers to a JSON schema (%s); from here on they are free text.",
-                self._name,
-                self._diagnosis.endpoint,
-                refusal,
-            )
-
     def _tokens(self, request: Request) -> float:
         if self._estimate is None:
             return 0.0
         params = {**self._model_params, **request.sampling}
         return self._estimate.of(request, params.get("max_completion_tokens") or params.get("max_tokens"))
-
-    def _learn(self, request: Request, answer: Answer) -> None:
-        if self._estimate is not None:
-            self._estimate.learn(
-                request,
-                prompt_tokens=answer.usage.prompt_tokens,
-                completion_tokens=answer.usage.completion_tokens,
-            )
-        if len(answer.choices) < request.n and not self._warned_of_candidates:
-            self._warned_of_candidates = True
-            log.warning(
-                "%s: asked for %d candidates, %s gave %d; it may not know the parameter 'n'.",
-                self._name,
-                request.n,
-                self._diagnosis.endpoint,
-                len(answer.choices),
-            )
 
     def _is_spent(self, failure: PassingError, turn: Turn) -> bool:
         return self._health.failed(turn, failure) or self._end is not None
@@ -344,9 +331,11 @@ class OpenAIEngine:
             self._end = error
             self._limits.close()
 
-    def _check(self) -> None:
+    def _check(self, request: Request, turn: Turn | None = None) -> None:
+        """See that there is any use in sending the request."""
         if self._end is not None:
             raise type(self._end)(str(self._end))
+        self._abilities.check(request, attempts=turn.sent if turn else 0)
 
 
 def _failure(state: RetryCallState) -> PassingError:

@@ -14,7 +14,7 @@ from airflow_vlm_provider.engines.failures import (
     public_url,
     retry_after,
 )
-from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError
+from airflow_vlm_provider.errors import ConfigError, EngineError, NoVideoError, SampleError
 
 KEY = "sk-very-secret-0123456789"
 SENT = {
@@ -26,6 +26,14 @@ SENT = {
     "max_tokens": 100,
     "response_format": {"type": "json_schema"},
 }
+
+
+def _sent(*kinds: str) -> dict[str, Any]:
+    parts = [{"type": kind, kind: {"url": "data:,"}} for kind in kinds]
+    return {**SENT, "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": parts}]}
+
+
+VIDEO = _sent("video_url")
 
 
 @pytest.fixture
@@ -168,7 +176,13 @@ def test_parameters_are_settings(diagnosis, status, body, named):
         (413, "Request Entity Too Large", "rejected"),
         (400, _openai("Invalid image.", "invalid_image", "messages.[1].content.[0].image_url"), "rejected"),
         (400, _vllm("cannot identify image file <_io.BytesIO object>"), "rejected"),
-        (400, _vllm("At most 1 image(s) may be provided in one prompt."), "rejected"),
+        (400, _vllm("At most 1 image(s) may be provided in one prompt.", "image"), "rejected"),
+        (
+            400,
+            _vllm("At most 2 video(s) may be provided in one prompt. (parameter=video)", "video"),
+            "rejected",
+        ),
+        (400, _vllm("Could not open video stream"), "rejected"),
         (
             400,
             _openai("Invalid type for 'messages[1].content[0]'.", "invalid_type", "messages[1]"),
@@ -183,6 +197,101 @@ def test_a_requests_own_fault(diagnosis, status, body, kind):
     error = diagnosis.of_status(status, {}, body, SENT)
     assert isinstance(error, SampleError)
     assert error.kind == kind
+
+
+def _tag(kind: str) -> dict[str, Any]:
+    message = (
+        f"Input tag '{kind}' found using 'type' does not match any of the expected tags: 'text', 'image_url'"
+    )
+    where = ["body", "messages", 0, "content", 1]
+    return {"detail": [{"type": "union_tag_invalid", "loc": where, "msg": message}]}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, _vllm("At most 0 video(s) may be provided in one prompt. (parameter=video)", "video")),
+        (
+            400,
+            _openai(
+                "Invalid value: 'video_url'. Supported values are: 'text', 'image_url', 'input_audio' and 'file'.",
+                "invalid_value",
+                "messages[1].content[0].type",
+            ),
+        ),
+        (400, _openai("Invalid content type. video_url is only supported by certain models.")),
+        (400, _vllm("Unknown part type: video_url")),
+        (400, _vllm("Only image modality is supported")),
+        (422, _tag("video_url")),
+        (422, {"detail": [{"loc": ["body", "messages"], "msg": "Input should be 'text' or 'image_url'"}]}),
+        (422, "messages[0]: unknown variant `video_url`, expected `text` or `image_url` at line 1"),
+        (422, "Failed to deserialize: messages[0]: data did not match any variant of untagged enum Body"),
+        (400, "Content blocks are expected to be either text or image_url type."),
+        (400, "litellm.BadRequestError: OpenAIException - This model does not support video input."),
+        (400, {"message": "Video inputs are not supported by this model."}),
+        (400, {"message": "unsupported content[].type"}),
+        (400, {"message": "Unsupported modality: video."}),
+        (404, {"message": "No endpoints found that support input video"}),
+        (415, {"message": "Videos are unsupported"}),
+    ],
+)
+def test_a_model_without_videos(diagnosis, status, body):
+    assert isinstance(diagnosis.of_status(status, {}, body, VIDEO), NoVideoError)
+    # Said of a request without a video, it means something else.
+    for kinds in (("text", "image_url"), ()):
+        assert not isinstance(diagnosis.of_status(status, {}, body, _sent(*kinds)), NoVideoError)
+
+
+def test_a_model_without_videos_may_say_so_in_a_200(diagnosis):
+    body = {"error": {"code": 400, "message": "This model does not support video input"}}
+    assert isinstance(diagnosis.of_content(body, VIDEO), NoVideoError)
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (400, "Could not open video stream", "rejected"),
+        (400, "Failed to apply Processor on data={'text': '<|video_pad|>', 'videos': []}", "rejected"),
+        (
+            400,
+            "This model's maximum context length is 1024 tokens. However, video_url is not supported beyond it.",
+            "rejected",
+        ),
+        (400, "The video is too long; videos are not supported beyond 60 s.", "rejected"),
+        (400, "This model does not support video longer than 60 seconds.", "rejected"),
+        (400, "We don't support video codec 'av1'.", "rejected"),
+        (400, "Invalid value for 'messages[0].content[0].video_url.url': no base64.", "rejected"),
+        (400, "Video content is not allowed by the safety policy.", "refused"),
+        (400, "At most 1 video(s) may be provided in one prompt.", "rejected"),
+        (413, "Request Entity Too Large", "rejected"),
+    ],
+)
+def test_a_video_that_is_at_fault_itself(diagnosis, status, message, kind):
+    error = diagnosis.of_status(status, {}, _vllm(message), VIDEO)
+    assert isinstance(error, SampleError)
+    assert error.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (413, "Request Entity Too Large"),
+        (400, "This model's maximum context length is 4096 tokens."),
+        (400, "At most 4 image(s) may be provided in one prompt."),
+    ],
+)
+@pytest.mark.parametrize("kind", ["image_url", "video_url"])
+def test_what_is_too_much_names_the_remedy(diagnosis, status, message, kind):
+    said = str(diagnosis.of_status(status, {}, message, _sent("text", kind)))
+    assert message.rstrip(".") in said
+    assert "max_pixels" in said
+    assert "max_frames" in said
+    assert "max_pixels" not in str(diagnosis.of_status(status, {}, message, SENT))
+
+
+def test_of_an_endless_message_only_the_beginning_is_read(diagnosis):
+    echo = "Invalid user message: " + "A" * 20_000 + " video is not supported"
+    assert isinstance(diagnosis.of_status(400, {}, echo, VIDEO), SampleError)
 
 
 @pytest.mark.parametrize(
@@ -241,11 +350,15 @@ def test_short_values_are_no_secrets_and_words_stay_whole(diagnosis):
 
 
 def test_a_200_that_holds_an_error_is_judged_by_its_code(diagnosis):
-    assert isinstance(diagnosis.of_content({"error": {"code": 401, "message": "no"}}), ConfigError)
-    assert isinstance(diagnosis.of_content({"error": {"code": 429, "message": "slow down"}}), PassingError)
-    assert isinstance(diagnosis.of_content({"error": {"code": "x", "message": "upstream"}}), PassingError)
-    assert isinstance(diagnosis.of_content("<html>"), PassingError)
-    assert isinstance(diagnosis.of_content({"choices": []}), PassingError)
+    assert isinstance(diagnosis.of_content({"error": {"code": 401, "message": "no"}}, SENT), ConfigError)
+    assert isinstance(
+        diagnosis.of_content({"error": {"code": 429, "message": "slow down"}}, SENT), PassingError
+    )
+    assert isinstance(
+        diagnosis.of_content({"error": {"code": "x", "message": "upstream"}}, SENT), PassingError
+    )
+    assert isinstance(diagnosis.of_content("<html>", SENT), PassingError)
+    assert isinstance(diagnosis.of_content({"choices": []}, SENT), PassingError)
 
 
 @pytest.mark.parametrize(

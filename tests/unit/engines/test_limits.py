@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from airflow_vlm_provider.engines.limits import Limits, TokenEstimate
-from airflow_vlm_provider.types import Media, Request
+from airflow_vlm_provider.types import Media, Request, Usage
 from tests.support.virtual_time import run_in_virtual_time
 
 
@@ -109,7 +109,7 @@ def test_the_estimate_learns_what_prompts_are_billed_and_keeps_what_is_reserved(
     estimate = TokenEstimate()
     first = estimate.of(_request(), max_tokens=500)
     for _ in range(10):
-        estimate.learn(_request(), prompt_tokens=220, completion_tokens=3)
+        estimate.learn(_request(), Usage(1, 220, 3))
     assert first > 1000
     assert estimate.of(_request(), max_tokens=500) == pytest.approx(220 + 500)
     assert estimate.of(_request(n=4), max_tokens=500) == pytest.approx(220 + 2000)
@@ -118,12 +118,12 @@ def test_the_estimate_learns_what_prompts_are_billed_and_keeps_what_is_reserved(
 def test_without_max_tokens_the_answers_length_is_learnt_too():
     estimate = TokenEstimate()
     for _ in range(10_000):
-        estimate.learn(_request(), prompt_tokens=220, completion_tokens=30)
+        estimate.learn(_request(), Usage(1, 220, 30))
     assert estimate.of(_request(), max_tokens=None) == pytest.approx(250, rel=0.01)
 
 
 def test_an_endpoint_that_reports_no_usage_leaves_the_guess():
     estimate = TokenEstimate()
     before = estimate.of(_request(), max_tokens=10)
-    estimate.learn(_request(), prompt_tokens=0, completion_tokens=0)
+    estimate.learn(_request(), Usage(1, 0, 0))
     assert estimate.of(_request(), max_tokens=10) == before
