@@ -120,7 +120,8 @@ _CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def get_provider_info() -> dict[str, Any]:
-    """Describe the provider to Airflow: the connection type with its form, hooks, operators, commands, settings."""
+    """Describe the provider to Airflow: its connection type with the form, hooks, operators, decorators, commands,
+    settings."""
     return {
         "package-name": "airflow-provider-vlm",
         "name": "Vision-language models",
@@ -140,10 +141,14 @@ def get_provider_info() -> dict[str, Any]:
                 "python-modules": [
                     "airflow_vlm_provider.operators.shards",
                     "airflow_vlm_provider.operators.image_tagging",
+                    "airflow_vlm_provider.operators.vlm_map",
                     "airflow_vlm_provider.operators.redrive",
                     "airflow_vlm_provider.operators.export",
                 ],
             }
+        ],
+        "task-decorators": [
+            {"name": "vlm", "class-name": "airflow_vlm_provider.decorators.vlm.vlm_task"},
         ],
         "connection-types": [
             {
