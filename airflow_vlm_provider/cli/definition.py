@@ -74,8 +74,22 @@ def get_vlm_cli_commands() -> list[GroupCommand]:
     ledger = GroupCommand(
         name="ledger", help="What is done, and the answers that were paid for", subcommands=(show, prune)
     )
+    check = ActionCommand(
+        name="check",
+        help="Say what a Data-Juicer recipe would run, or all that is wrong with it",
+        description=(
+            "Say what recipe_task_group() makes of a Data-Juicer recipe: its operators with their parameters, where "
+            "they read and write, and what of the recipe has no meaning here. Ends in an error, which names all that is "
+            "wrong, when the recipe can't be run. No connection is looked up, and nothing but the recipe is read."
+        ),
+        func=lazy_load_command("airflow_vlm_provider.cli.recipe.check"),
+        args=(Arg(("recipe",), help="The recipe's file"), _OUTPUT, _VERBOSE),
+    )
+    recipe = GroupCommand(name="recipe", help="Data-Juicer's recipes", subcommands=(check,))
     return [
         GroupCommand(
-            name="vlm", help="Tag and caption datasets with vision-language models", subcommands=(ledger,)
+            name="vlm",
+            help="Tag and caption datasets with vision-language models",
+            subcommands=(ledger, recipe),
         )
     ]

@@ -211,9 +211,12 @@ def _manifest_lines(manifest: Manifest, *, verbose: bool) -> Iterator[tuple[str,
     for group, values in manifest.parameters.items():
         for name, value in values.items():
             text = json.dumps(value, ensure_ascii=False)
-            if not verbose and len(text) > VALUE_CHARS:
-                text = f"{text[: VALUE_CHARS - 3]}..."
-            yield group, f"{name} = {text}"
+            yield group, f"{name} = {text if verbose else shortened(text)}"
+
+
+def shortened(text: str) -> str:
+    """A value's text, as far as it fits a line."""
+    return text if len(text) <= VALUE_CHARS else f"{text[: VALUE_CHARS - 3]}..."
 
 
 def _writer(by: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.operators.parameters import UNKNOWN
 from airflow_vlm_provider.operators.shards import PlanShardsOperator
 from airflow_vlm_provider.recipes.chain import chain
-from airflow_vlm_provider.recipes.reading import read_recipe
+from airflow_vlm_provider.recipes.reading import parse_recipe
 from airflow_vlm_provider.recipes.recipe import Problem, Recipe, RecipeError, RecipeStep
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def recipe_task_group(
     name = group_id if group_id is not None else re.sub(r"[^A-Za-z0-9_-]", "_", Path(recipe).stem)
     with TaskGroup(name, tooltip=f"Recipe {Path(recipe).name}") as group:
         # Where Airflow looks for a template's file, too; the working directory is anywhere.
-        read = read_recipe(Path(group.dag.folder) / recipe)
-        overrides, problems = _overrides(read, operator_args or {})
+        read, problems = parse_recipe(Path(group.dag.folder) / recipe)
+        overrides = _overrides(read, operator_args or {}, problems)
         source, destination = source or read.source, destination or read.destination
         for what, value, setting in (
             ("source", source, "dataset_path"),
@@ -183,11 +183,10 @@ def operator_class(step: RecipeStep) -> type[ShardOperator]:
 
 
 def _overrides(
-    recipe: Recipe, operator_args: Mapping[str | int, Mapping[str, Any]]
-) -> tuple[dict[int, dict[str, Any]], list[Problem]]:
-    """What single steps are given, by their positions; and what is wrong with that."""
+    recipe: Recipe, operator_args: Mapping[str | int, Mapping[str, Any]], problems: list[Problem]
+) -> dict[int, dict[str, Any]]:
+    """What single steps are given, by their positions."""
     found: dict[int, dict[str, Any]] = {}
-    problems: list[Problem] = []
     # By name first: a place says more.
     for which, arguments in sorted(operator_args.items(), key=lambda item: isinstance(item[0], int)):
         place = f"operator_args[{which!r}]"
@@ -205,4 +204,4 @@ def _overrides(
             )
         for step in chosen:
             found.setdefault(step.position, {}).update(arguments)
-    return found, problems
+    return found

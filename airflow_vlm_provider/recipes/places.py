@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow_vlm_provider.recipes.recipe import Ignored
-from airflow_vlm_provider.recipes.secrets import secret_places
+from airflow_vlm_provider.recipes.secrets import misplaced
 
 Report = Callable[[str, str], None]
 
@@ -144,7 +144,7 @@ def _one_path(given: Any, place: str, folder: Path, *, report: Report, split: bo
         report(place, f"it must be one path or URI, not a {type(given).__name__}.")
         return None
     path = given
-    if any(secret_places(path, place)):
+    if any(misplaced(path, place)):
         report(place, "it holds a password or key. Put that in an Airflow connection, and remove it here.")
         return None
     if split and not _TEMPLATE.search(path):

@@ -27,7 +27,7 @@ from airflow_vlm_provider.recipes.operators import (
 )
 from airflow_vlm_provider.recipes.places import destination_of, source_of
 from airflow_vlm_provider.recipes.recipe import Ignored, Problem, Recipe, RecipeError, RecipeStep, place_of
-from airflow_vlm_provider.recipes.secrets import is_secret_name, secret_places
+from airflow_vlm_provider.recipes.secrets import is_misplaced, misplaced
 from airflow_vlm_provider.recipes.settings import IGNORED, KNOWN, REFUSED, SHARED, setting_of
 
 # Data-Juicer's own file of all operators with all their parameters has a fifth of it.
@@ -46,9 +46,21 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     :raises RecipeError: something in it is wrong, or has no counterpart here.
     :raises ConfigError: there is no such file, or it is no YAML.
     """
+    recipe, problems = parse_recipe(path)
+    if problems:
+        raise RecipeError(recipe.path, problems)
+    return recipe
+
+
+def parse_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, list[Problem]]:
+    """Read a recipe for someone who has more to check: what of it is right, and all that is wrong.
+
+    :raises ConfigError: there is no such file, or it is no YAML.
+    """
     # Without looking at links: "beside the recipe" is where it is seen.
     file = Path(os.path.abspath(path))  # noqa: PTH100  Path.absolute() keeps ".."
-    return _Reading(file, _load(file)).recipe()
+    reading = _Reading(file, _load(file))
+    return reading.recipe(), reading.problems
 
 
 def _load(path: Path) -> Mapping[Any, Any]:
@@ -86,12 +98,10 @@ class _Reading:
         self.content = content
         self.problems: list[Problem] = []
         self.ignored: list[Ignored] = []
+        self.unsupported = False
 
     def recipe(self) -> Recipe:
-        """What it says.
-
-        :raises RecipeError: something is wrong.
-        """
+        """What it says, as far as that is right."""
         settings = self._settings()
         shared = {**self._text_key(settings), **self._shared(settings)}
         source = source_of(settings, self.path.parent, report=self._report, ignore=self.ignored.append)
@@ -100,8 +110,6 @@ class _Reading:
         )
         pattern = self._pattern(settings)
         steps = self._steps(settings.get("process"), shared)
-        if self.problems:
-            raise RecipeError(self.path, self.problems)
         return Recipe(self.path, source, destination, pattern, tuple(steps), tuple(self.ignored))
 
     def _report(self, place: str, sentence: str) -> None:
@@ -128,7 +136,7 @@ class _Reading:
     def _unknown(self, place: str, name: str) -> None:
         if name.endswith(("_mapper", "_filter", "_deduplicator", "_selector", "_grouper", "_aggregator")):
             self._report(place, "operators stand in the list 'process'; move it there.")
-        elif is_secret_name(name):
+        elif is_misplaced(name):
             self._report(place, _IN_CONNECTION)
         else:
             self._report(place, f"Data-Juicer knows no such setting{_nearest(name, KNOWN)}.")
@@ -218,6 +226,12 @@ class _Reading:
                     parameters=parameters,
                 )
             )
+        if self.unsupported:
+            self._report(
+                "process",
+                f"the operators that are supported are {', '.join(SUPPORTED)}. Run the others with Data-Juicer, before "
+                "or after, by a recipe of their own.",
+            )
         return steps
 
     def _operator(self, position: int, item: Any) -> tuple[str, Mapping[Any, Any]] | None:
@@ -237,12 +251,10 @@ class _Reading:
             return None
         ((operator, given),) = item.items()
         if operator not in SUPPORTED:
-            nearest = _nearest(str(operator), SUPPORTED)
-            self._report(
-                place_of(position, str(operator)),
-                f"this operator is not supported{nearest}. Supported are {', '.join(SUPPORTED)}. Run the others with "
-                "Data-Juicer, before or after, in a recipe of their own.",
-            )
+            # Nearly all names of operators are alike.
+            nearest = _nearest(str(operator), SUPPORTED, cutoff=0.85)
+            self._report(place_of(position, str(operator)), f"this operator is not supported{nearest}.")
+            self.unsupported = True
             return None
         if given is None:
             given = {}
@@ -255,7 +267,7 @@ class _Reading:
         parameters: dict[str, Any] = {}
         for each, value in given.items():
             name, own_place = str(each), f"{place}.{each}"
-            if name in supported.secrets or (name not in supported.known and is_secret_name(name)):
+            if name in supported.secrets or (name not in supported.known and is_misplaced(name)):
                 if value:
                     self._report(own_place, _IN_CONNECTION)
             elif name in FIELDS:
@@ -283,12 +295,12 @@ class _Reading:
         except (TypeError, ValueError, RecursionError):
             self._report(place, "it holds a value that JSON does not know, such as a date. Put it in quotes.")
             return False
-        secrets = list(secret_places(value, place))
+        secrets = list(misplaced(value, place))
         for each in secrets:
             self._report(each, _IN_CONNECTION)
         return not secrets
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _nearest(name: str, known: Collection[str], *, cutoff: float = 0.6) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]}?" if close else ""

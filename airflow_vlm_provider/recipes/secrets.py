@@ -1,4 +1,4 @@
-"""What must not stand in a recipe, told without ever quoting it: recipes lie in repositories, and are printed."""
+"""What belongs in a connection and not in a recipe, told without quoting it: recipes lie in repositories."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _NAMES = re.compile(
-    r"api_?key|access_?key|private_?key|secret|passw|authorization|credential|bearer|headers"
+    r"^base_url$|api_?key|access_?key|private_?key|secret|passw|authorization|credential|bearer|headers"
     r"|(^|_)token$|auth_token|session_token",
     re.IGNORECASE,
 )
@@ -18,8 +18,8 @@ _IN_URL = re.compile(
 )
 
 
-def secret_places(value: Any, place: str) -> Iterator[str]:
-    """Yield where in a value secrets stand, as far as names and URLs tell; what is empty is none.
+def misplaced(value: Any, place: str) -> Iterator[str]:
+    """Yield where in a value secrets and addresses stand, as far as names and URLs tell; what is empty is none.
 
     :param value: A JSON value.
     :param place: Where the value stands itself.
@@ -27,17 +27,17 @@ def secret_places(value: Any, place: str) -> Iterator[str]:
     if isinstance(value, Mapping):
         for name, each in value.items():
             below = f"{place}.{name}"
-            if each and is_secret_name(str(name)):
+            if each and is_misplaced(str(name)):
                 yield below
             else:
-                yield from secret_places(each, below)
+                yield from misplaced(each, below)
     elif isinstance(value, list):
         for index, each in enumerate(value):
-            yield from secret_places(each, f"{place}[{index}]")
+            yield from misplaced(each, f"{place}[{index}]")
     elif isinstance(value, str) and _IN_URL.search(value):
         yield place
 
 
-def is_secret_name(name: str) -> bool:
-    """Whether what has this name is a secret."""
+def is_misplaced(name: str) -> bool:
+    """Whether what has this name belongs in a connection."""
     return bool(_NAMES.search(name)) and not _HARMLESS.search(name)
