@@ -41,7 +41,7 @@ ASPECTS: tuple[tuple[float, float], ...] = ((1.0, 1.0), (1.0, 0.75), (0.75, 1.0)
 
 _SUPERSAMPLE = 3
 _COLOUR_JITTER = 8
-_MAX_NOISE = 0.12
+MAX_NOISE = 0.12
 
 
 @dataclass(frozen=True)
@@ -112,33 +112,34 @@ def draw(
     aspect = aspect or rng.choices(ASPECTS, weights=(2, 1, 1))[0]
     width, height = round(side * aspect[0]), round(side * aspect[1])
 
-    image = Image.new("RGB", (width, height), _jitter(rng, BACKGROUNDS[background]))
+    image = Image.new("RGB", (width, height), jitter(rng, BACKGROUNDS[background]))
     extent = round(min(width, height) * rng.uniform(*SIZES[size]))
     left, top = rng.randint(0, width - extent), rng.randint(0, height - extent)
-    image.paste(_jitter(rng, COLOURS[colour]), (left, top), _mask(shape, extent))
-    image = _add_noise(rng, image, rng.uniform(0, _MAX_NOISE))
+    image.paste(jitter(rng, COLOURS[colour]), (left, top), mask(shape, extent))
+    strength = rng.uniform(0, MAX_NOISE)
+    image = Image.blend(image, make_noise(rng, image.size), strength)
     return Drawing(image=image, colour=colour, shape=shape, size=size, background=background)
 
 
-def _jitter(rng: random.Random, colour: RGB) -> RGB:
+def jitter(rng: random.Random, colour: RGB) -> RGB:
+    """A colour beside the given one."""
     red, green, blue = (
         min(255, max(0, channel + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER))) for channel in colour
     )
     return red, green, blue
 
 
-def _add_noise(rng: random.Random, image: Image.Image, strength: float) -> Image.Image:
-    # Pillow's own noise can't be seeded.
-    noise = Image.frombytes("RGB", image.size, rng.randbytes(image.width * image.height * 3))
-    return Image.blend(image, noise, strength)
+def make_noise(rng: random.Random, size: tuple[int, int]) -> Image.Image:
+    """A picture of nothing but noise; Pillow's own can't be seeded."""
+    return Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
 
 
-def _mask(shape: str, extent: int) -> Image.Image:
+def mask(shape: str, extent: int) -> Image.Image:
     """The shape in white on black, as wide and as high as ``extent``, with smooth edges."""
     full = extent * _SUPERSAMPLE
-    mask = Image.new("L", (full, full), 0)
-    _PAINTERS[shape](ImageDraw.Draw(mask), full - 1)
-    return mask.reduce(_SUPERSAMPLE)
+    canvas = Image.new("L", (full, full), 0)
+    _PAINTERS[shape](ImageDraw.Draw(canvas), full - 1)
+    return canvas.reduce(_SUPERSAMPLE)
 
 
 def _paint_circle(pen: ImageDraw.ImageDraw, last: int) -> None:
