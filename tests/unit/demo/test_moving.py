@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -14,14 +15,12 @@ from demo.moving import MOTIONS, MovingDrawing, decode, draw_moving
 
 def box(frame: Image.Image, drawing: MovingDrawing) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of what is nearer to the shape's colour than to the background's."""
-    shape, background = COLOURS[drawing.colour], BACKGROUNDS[drawing.background]
-
-    def distance(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-        return sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
-
-    mask = Image.new("L", frame.size)
-    mask.putdata([255 * (distance(p, shape) < distance(p, background)) for p in frame.get_flattened_data()])
-    found = mask.getbbox()
+    pixels = np.asarray(frame, dtype=float)
+    far = [
+        ((pixels - names[name]) ** 2).sum(axis=2)
+        for names, name in ((COLOURS, drawing.colour), (BACKGROUNDS, drawing.background))
+    ]
+    found = Image.fromarray(far[0] < far[1]).getbbox()
     assert found is not None
     return found
 
