@@ -139,7 +139,7 @@ class _Reading:
         elif is_misplaced(name):
             self._report(place, _IN_CONNECTION)
         else:
-            self._report(place, f"Data-Juicer knows no such setting{_nearest(name, KNOWN)}.")
+            self._report(place, f"Data-Juicer knows no such setting{_nearest(name, KNOWN)}")
 
     def _text_key(self, settings: Mapping[str, Any]) -> dict[str, str]:
         value = settings.get("text_keys")
@@ -253,7 +253,7 @@ class _Reading:
         if operator not in SUPPORTED:
             # Nearly all names of operators are alike.
             nearest = _nearest(str(operator), SUPPORTED, cutoff=0.85)
-            self._report(place_of(position, str(operator)), f"this operator is not supported{nearest}.")
+            self._report(place_of(position, str(operator)), f"this operator is not supported{nearest}")
             self.unsupported = True
             return None
         if given is None:
@@ -284,7 +284,7 @@ class _Reading:
                 known = (*supported.known, *FIELDS)
                 self._report(
                     own_place,
-                    f"there is no such parameter{_nearest(name, known)}. Supported are {', '.join(known)}.",
+                    f"there is no such parameter{_nearest(name, known)} Supported are {', '.join(known)}.",
                 )
         return parameters
 
@@ -303,4 +303,4 @@ class _Reading:
 
 def _nearest(name: str, known: Collection[str], *, cutoff: float = 0.6) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "."
