@@ -56,6 +56,7 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
     are on their way.
 
     :param load: Makes one request ready. Runs in the loading thread; what it raises is that request's answer.
+    :param group: Only loaded requests of equal groups share a batch; they are of equal weight, too.
     :param collate: Puts a batch together. Runs in the loading thread.
     :param run: Answers a batch, in order. Runs in the model thread and returns soon after every ticket of its
         batch is abandoned.
@@ -69,6 +70,7 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
         self,
         *,
         load: Callable[[Item], Loaded],
+        group: Callable[[Loaded], Hashable],
         collate: Callable[[Sequence[Loaded]], Batch],
         run: Callable[[Sequence[Ticket[Loaded, Result]], Batch], Sequence[Result]],
         blame: Callable[[Exception], Exception],
@@ -78,6 +80,7 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
     ) -> None:
         self.size = size
         self._load = load
+        self._group = group
         self._collate = collate
         self._run = run
         self._blame = blame
@@ -97,10 +100,9 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
         """Run something in the thread that owns the model."""
         return await asyncio.get_running_loop().run_in_executor(self._model_thread, function)
 
-    async def submit(self, item: Item, *, group: Hashable, weight: int = 1) -> Result:
+    async def submit(self, item: Item, *, weight: int = 1) -> Result:
         """Answer one request.
 
-        :param group: Only requests of equal groups share a batch; they are of equal weight, too.
         :param weight: How many places of a batch it takes. One that takes more than there are goes alone.
         :raises EngineError: the model is gone, or the batcher was closed.
         """
@@ -108,7 +110,7 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
             self._pump = asyncio.create_task(self._keep_running())
         async with self._slots:
             self._check()
-            ticket = await self._loaded(item, group, weight)
+            ticket = await self._loaded(item, weight)
             self._unanswered.add(ticket)
             try:
                 return await ticket.future
@@ -130,7 +132,7 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
         self._loading_thread.shutdown(wait=False, cancel_futures=True)
         self._model_thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _loaded(self, item: Item, group: Hashable, weight: int) -> Ticket[Loaded, Result]:
+    async def _loaded(self, item: Item, weight: int) -> Ticket[Loaded, Result]:
         loop = asyncio.get_running_loop()
         self._loading += 1
         try:
@@ -139,7 +141,7 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
             self._loading -= 1
             self._changed.set()
         self._check()
-        ticket: Ticket[Loaded, Result] = Ticket(loaded, group, weight, loop.create_future())
+        ticket: Ticket[Loaded, Result] = Ticket(loaded, self._group(loaded), weight, loop.create_future())
         self._waiting.append(ticket)
         return ticket
 

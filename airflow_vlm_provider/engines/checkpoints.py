@@ -1,9 +1,9 @@
-"""Loads a chat model and its processor, and says what is wrong with a checkpoint in terms of the parameters."""
+"""Loads a model and its processor, and says what is wrong with a checkpoint in terms of the parameters."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
 _PICKING = {
     "do_sample": False,
     "num_beams": 1,
+    "early_stopping": False,
+    "length_penalty": 1.0,
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": None,
@@ -39,6 +41,9 @@ class Checkpoint:
     :param vocabulary: How many logits the model computes.
     :param context: How many tokens prompt and answer may have together; None when the checkpoint names no limit.
     :param placeholders: What stands for media in a prompt.
+    :param conversational: Whether it has a chat template. Without one, all that can be asked of it is to go on with
+        a text.
+    :param starts_freely: Whether the model itself chooses the first token of an answer.
     """
 
     model: Any
@@ -48,6 +53,8 @@ class Checkpoint:
     vocabulary: int
     context: int | None
     placeholders: tuple[str, ...]
+    conversational: bool
+    starts_freely: bool
 
 
 def load_checkpoint(
@@ -88,7 +95,7 @@ def load_checkpoint(
         ):
             raise ConfigError(
                 f"model={model!r} is of type {config.model_type!r}, which transformers does not know as an "
-                "image-text-to-text model; choose a vision-language chat model"
+                "image-text-to-text model; choose a vision-language chat model, or a captioner such as BLIP-2"
             )
         processor = transformers.AutoProcessor.from_pretrained(model, **source)
         tokenizer = _tokenizer(processor, model)
@@ -105,13 +112,8 @@ def _tokenizer(processor: Any, model: str) -> Any:
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise ConfigError(
-            f"model={model!r} has no processor for images and text together; choose a vision-language chat model, "
+            f"model={model!r} has no processor for images and text together; choose another vision-language model, "
             "or add the preprocessor files to the checkpoint"
-        )
-    if not (getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)):
-        raise ConfigError(
-            f"model={model!r} has no chat template, so it is probably not tuned for instructions; choose its "
-            "instruction-tuned sibling, or put a chat_template.jinja into the checkpoint's folder"
         )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -120,20 +122,22 @@ def _tokenizer(processor: Any, model: str) -> Any:
 
 
 def _checkpoint(network: Any, processor: Any, tokenizer: Any) -> Checkpoint:
-    defaults = network.generation_config
-    eos = defaults.eos_token_id if defaults.eos_token_id is not None else tokenizer.eos_token_id
-    eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
-    if not eos_ids:
-        raise ConfigError(
-            "The checkpoint names no end-of-sequence token; set eos_token_id in generation_config.json"
-        )
-    for name, value in {
-        **_PICKING,
-        "eos_token_id": sorted(eos_ids),
-        "pad_token_id": tokenizer.pad_token_id,
-    }.items():
-        setattr(defaults, name, value)
+    # The model's own and, where it leaves the writing to a language model inside, that one's.
+    defaults = [
+        module.generation_config
+        for module in network.modules()
+        if getattr(module, "generation_config", None) is not None
+    ]
     text_config = network.config.get_text_config()
+    eos_ids = _eos_ids(defaults, text_config, tokenizer)
+    for config in defaults:
+        for name, value in {
+            **_PICKING,
+            "eos_token_id": sorted(eos_ids),
+            "pad_token_id": tokenizer.pad_token_id,
+        }.items():
+            setattr(config, name, value)
+    _complete_image_tokens(network.config, processor, tokenizer)
     head = network.get_output_embeddings()
     names = ("image_token", "video_token", "boi_token")
     return Checkpoint(
@@ -144,7 +148,39 @@ def _checkpoint(network: Any, processor: Any, tokenizer: Any) -> Checkpoint:
         vocabulary=head.weight.shape[0] if head is not None else text_config.vocab_size,
         context=getattr(text_config, "max_position_embeddings", None),
         placeholders=tuple({str(token) for name in names if (token := getattr(processor, name, None))}),
+        conversational=bool(
+            getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        ),
+        starts_freely=all(config.forced_bos_token_id is None for config in defaults),
     )
+
+
+def _eos_ids(defaults: Sequence[Any], text_config: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for value in (
+        *(config.eos_token_id for config in defaults),
+        # BLIP's decoder ends with this one, whatever its generation_config.json says.
+        getattr(text_config, "sep_token_id", None),
+    ):
+        found.update([value] if isinstance(value, int) else value or ())
+    if not found and tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    if not found:
+        raise ConfigError(
+            "The checkpoint names no end-of-sequence token; set eos_token_id in generation_config.json"
+        )
+    return frozenset(found)
+
+
+def _complete_image_tokens(config: Any, processor: Any, tokenizer: Any) -> None:
+    """Let model and processor agree on what stands for a picture, which older BLIP-2 checkpoints leave open.
+
+    Without it, the picture would be left out silently.
+    """
+    if getattr(processor, "num_query_tokens", 0) is None:
+        processor.num_query_tokens = config.num_query_tokens
+    if getattr(config, "image_token_id", 0) is None and getattr(processor, "image_token", None) is not None:
+        config.image_token_id = tokenizer.convert_tokens_to_ids(str(processor.image_token))
 
 
 def _explained(load: Callable[[], T], model: str) -> T:

@@ -36,11 +36,16 @@ class Grammars:
             raise ConfigError(f"xgrammar can't work with the model's tokenizer: {error}") from error
         self.vocabulary = vocabulary
         self._compiler = xgrammar.GrammarCompiler(info)
-        special = _special_ids(tokenizer) - set(eos_ids)
+        ends = frozenset(eos_ids)
+        special = _special_ids(tokenizer) - ends
         spellings = info.decoded_vocab
-        # To xgrammar a special token is its own spelling, which a string may hold; but decoding drops it.
+        # To xgrammar a special token is its own spelling, which a string may hold; but decoding drops it. What ends
+        # an answer, which can be a line's end, it lets through only there.
         self._allowed = _bitmask(
-            spellings, lambda token, spelling: token not in special and not _FORBIDDEN.search(spelling)
+            spellings,
+            lambda token, spelling: (
+                token in ends or (token not in special and not _FORBIDDEN.search(spelling))
+            ),
         )
         self._narrowed: dict[int, Any] = {}
         for byte, following in _FOLLOWING.items():
@@ -62,6 +67,14 @@ class Grammars:
     def allowed_after(self, tokens: Sequence[int]) -> Any:
         """The bitmask of tokens that may follow in any JSON document."""
         return self._narrowed.get(tokens[-1], self._allowed) if tokens else self._allowed
+
+
+def writes_json(tokenizer: Any) -> bool:
+    """Whether a JSON document can be said in a tokenizer's tokens: some know no braces, or no capital letters."""
+    document = '{"Key": ["a-b", 1.5, null]}'
+    tokens = tokenizer(document, add_special_tokens=False)["input_ids"]
+    said: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return said == document
 
 
 def _bitmask(spellings: Sequence[bytes], allow: Callable[[int, bytes], bool]) -> Any:

@@ -1,15 +1,20 @@
-"""Answers in process, with transformers' batched ``generate``: for workers and models without a vLLM server."""
+"""Answers in process, with transformers' batched ``generate``: for workers and models without a vLLM server.
+
+Chat models and models that only go on with a text differ in how a request is put to them, which is a
+:class:`~airflow_vlm_provider.engines.local_prompts.Reader`'s affair; all else here is the same for both.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from airflow_vlm_provider.engines.batching import Batcher, BatchTooLargeError, Ticket
+from airflow_vlm_provider.engines.captioners import Captions
 from airflow_vlm_provider.engines.checkpoints import Checkpoint, load_checkpoint
+from airflow_vlm_provider.engines.conversations import Conversations
 from airflow_vlm_provider.engines.decoding import (
     DEFAULT_MAX_TOKENS,
     Decoding,
@@ -19,9 +24,11 @@ from airflow_vlm_provider.engines.decoding import (
     seed_of,
 )
 from airflow_vlm_provider.engines.devices import free_memory, is_device_lost, is_out_of_memory
-from airflow_vlm_provider.engines.grammar import GrammarMask, Grammars
+from airflow_vlm_provider.engines.grammar import GrammarMask, Grammars, writes_json
+from airflow_vlm_provider.engines.local_prompts import Prompt, Reader
+from airflow_vlm_provider.engines.prefill import SharedPrefill
 from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, VLMError
-from airflow_vlm_provider.types import Answer, Choice, Media, Request, Usage
+from airflow_vlm_provider.types import Answer, Choice, Request, Usage
 
 # Arguments of from_pretrained that say where a model comes from and where it runs, but not what it answers.
 _NO_INFLUENCE = frozenset(
@@ -43,22 +50,28 @@ _NO_INFLUENCE = frozenset(
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class _Question:
     """A request that stands ready for the model.
 
     :param copies: How often to hand out each answer: greedy candidates are all the same one.
     """
 
-    text: str
-    images: list[Any]
+    prompt: Prompt
     decoding: Decoding
     copies: int
     seed: int
     grammar: Any | None
 
+    @property
+    def group(self) -> Hashable:
+        return self.decoding, self.prompt.group
+
 
 class TransformersEngine:
-    """Answers requests with a chat model that is loaded into this process.
+    """Answers requests with a model that is loaded into this process.
+
+    A checkpoint with a chat template is asked ``system`` and ``parts``; one without is given ``completion`` to go on
+    with, and one picture.
 
     Requests that wait at the same time are answered together, in batches. When the device's memory does not hold a
     batch, it is halved, and batches stay that small from then on. A sample that the model can't cope with becomes a
@@ -105,15 +118,17 @@ class TransformersEngine:
         self.revision = revision
         self.gpu_batch_size = gpu_batch_size
         self.concurrency = concurrency or 2 * gpu_batch_size
-        self.takes_video = False
+        # Not known to be otherwise: that is seen when the model is loaded.
+        self.takes_video = True
         self._device = device
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code
         self._model_params = dict(model_params or {})
         self._linger = linger
-        self._batcher: Batcher[Request, _Prompt, Any, Answer] | None = None
+        self._batcher: Batcher[Request, _Question, Any, Answer] | None = None
         self._checkpoint: Checkpoint | None = None
         self._grammars: Grammars | None = None
+        self._reader: Reader | None = None
 
     def parameters(self) -> Mapping[str, Any]:
         """What decides an answer besides the request."""
@@ -133,6 +148,7 @@ class TransformersEngine:
     async def __aenter__(self) -> TransformersEngine:
         self._batcher = Batcher(
             load=self._load,
+            group=lambda question: question.group,
             collate=self._collate,
             run=self._run,
             blame=_blame,
@@ -162,6 +178,7 @@ class TransformersEngine:
 
         :raises SampleError: the model can't cope with the request: ``media_corrupt`` (not decodable),
             ``media_too_large`` (no memory for it), ``rejected`` (too long, or anything else).
+        :raises NoVideoError: it holds a video, and the model takes none.
         :raises EngineError: the device failed, or the engine was closed.
         :raises ConfigError: a sampling parameter or the schema is wrong.
         """
@@ -169,8 +186,7 @@ class TransformersEngine:
             raise EngineError("The engine is not open: use it as an asynchronous context manager")
         decoding = Decoding.of(request)
         seed_of(request)
-        kinds = frozenset(part.kind for part in request.parts if isinstance(part, Media))
-        return await self._batcher.submit(request, group=(decoding, kinds), weight=decoding.sequences)
+        return await self._batcher.submit(request, weight=decoding.sequences)
 
     # In the model thread.
 
@@ -183,16 +199,16 @@ class TransformersEngine:
             trust_remote_code=self._trust_remote_code,
             model_params=self._model_params,
         )
-        self._grammars = Grammars(
-            checkpoint.tokenizer, vocabulary=checkpoint.vocabulary, eos_ids=checkpoint.eos_ids
-        )
+        self._grammars = _grammars(checkpoint)
+        self._reader = (Conversations if checkpoint.conversational else Captions)(checkpoint, self.model)
+        self.takes_video = self._reader.takes_video
         self._checkpoint = checkpoint
 
     def _unload_model(self) -> None:
-        self._checkpoint = self._grammars = None
+        self._checkpoint = self._grammars = self._reader = None
         free_memory()
 
-    def _run(self, tickets: Sequence[Ticket[_Prompt, Answer]], inputs: Any) -> list[Answer]:
+    def _run(self, tickets: Sequence[Ticket[_Question, Answer]], inputs: Any) -> list[Answer]:
         try:
             return self._generate(tickets, inputs)
         except Exception as error:
@@ -206,17 +222,16 @@ class TransformersEngine:
         free_memory()
         raise failure
 
-    def _generate(self, tickets: Sequence[Ticket[_Prompt, Answer]], inputs: Any) -> list[Answer]:
+    def _generate(self, tickets: Sequence[Ticket[_Question, Answer]], inputs: Any) -> list[Answer]:
         import torch
         from transformers import BatchFeature
 
         assert self._checkpoint is not None
-        assert self._grammars is not None
-        checkpoint, prompts = self._checkpoint, [ticket.loaded for ticket in tickets]
-        decoding = prompts[0].decoding
+        checkpoint, questions = self._checkpoint, [ticket.loaded for ticket in tickets]
+        decoding = questions[0].decoding
         each = decoding.sequences
         rows = Rows(
-            len(prompts) * each,
+            len(questions) * each,
             eos_ids=checkpoint.eos_ids,
             stop=decoding.stop,
             decode=lambda tokens: checkpoint.tokenizer.decode(
@@ -225,67 +240,66 @@ class TransformersEngine:
             abandoned=lambda row: tickets[row // each].abandoned,
         )
         processors: list[Any] = []
-        if any(prompt.grammar is not None for prompt in prompts):
-            compiled = [prompt.grammar for prompt in prompts for _ in range(each)]
+        if self._grammars is not None and any(question.grammar is not None for question in questions):
+            compiled = [question.grammar for question in questions for _ in range(each)]
             processors.append(GrammarMask(self._grammars, compiled, rows))
         if not decoding.greedy:
-            processors.append(RowSampler(decoding, [prompt.seed for prompt in prompts]))
+            processors.append(RowSampler(decoding, [question.seed for question in questions]))
         prompt_tokens = inputs["attention_mask"].sum(dim=-1).tolist()
         # A copy, because `to` works in place, and the device's memory has to be free again when this returns.
         inputs = BatchFeature(dict(inputs)).to(checkpoint.model.device, checkpoint.model.dtype)
+        options = dict(generation_options(decoding))
+        if each > 1 and SharedPrefill.works_with(checkpoint.model):
+            options.update(num_return_sequences=1, custom_generate=SharedPrefill(each))
         with torch.inference_mode():
             checkpoint.model.generate(
                 **inputs,
-                **generation_options(decoding),
+                **options,
                 logits_processor=processors,
                 stopping_criteria=[rows],
             )
         return [
-            self._answer(prompt, rows, range(index * each, (index + 1) * each), prompt_tokens[index])
-            for index, prompt in enumerate(prompts)
+            self._answer(question, rows, range(index * each, (index + 1) * each), prompt_tokens[index])
+            for index, question in enumerate(questions)
         ]
 
-    def _answer(self, prompt: _Prompt, rows: Rows, mine: Sequence[int], prompt_tokens: int) -> Answer:
+    def _answer(self, question: _Question, rows: Rows, mine: Sequence[int], prompt_tokens: int) -> Answer:
         completion_tokens = sum(len(rows.tokens[row]) for row in mine)
         return Answer(
-            choices=tuple(Choice(rows.answer(row), rows.finish_reason(row)) for row in mine) * prompt.copies,
+            choices=tuple(Choice(rows.answer(row), rows.finish_reason(row)) for row in mine)
+            * question.copies,
             model=self.model,
             usage=Usage(requests=1, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens),
         )
 
     # In the loading thread.
 
-    def _load(self, request: Request) -> _Prompt:
-        assert self._checkpoint is not None
-        assert self._grammars is not None
+    def _load(self, request: Request) -> _Question:
+        assert self._reader is not None
         decoding = Decoding.of(request)
-        return _Prompt(
-            text=_render(self._checkpoint, request, self.model),
-            images=[_decode(part) for part in request.parts if isinstance(part, Media)],
+        # A model that can't say JSON answers freely.
+        grammar = None
+        if self._grammars is not None and request.schema is not None:
+            grammar = self._grammars.compile(request.schema)
+        return _Question(
+            prompt=self._reader.read(request),
             decoding=decoding,
             copies=request.n // decoding.sequences,
             seed=seed_of(request),
-            grammar=None if request.schema is None else self._grammars.compile(request.schema),
+            grammar=grammar,
         )
 
-    def _collate(self, prompts: Sequence[_Prompt]) -> Any:
+    def _collate(self, questions: Sequence[_Question]) -> Any:
         assert self._checkpoint is not None
+        assert self._reader is not None
         checkpoint = self._checkpoint
-        images = [prompt.images for prompt in prompts]
-        bos = checkpoint.tokenizer.bos_token
-        inputs = checkpoint.processor(
-            text=[prompt.text for prompt in prompts],
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            # Some chat templates write it themselves.
-            add_special_tokens=not (bos and prompts[0].text.startswith(bos)),
-        )
+        inputs = self._reader.collate([question.prompt for question in questions])
         if checkpoint.context is not None:
             longest = int(inputs["attention_mask"].sum(dim=-1).max())
-            max_tokens = prompts[0].decoding.max_tokens
-            if longest + max_tokens > checkpoint.context:
+            max_tokens = questions[0].decoding.max_tokens
+            # Where a prompt is read by one half of the model and the answer written by the other, each has its own.
+            apart = checkpoint.model.config.is_encoder_decoder
+            if (max(longest, max_tokens) if apart else longest + max_tokens) > checkpoint.context:
                 raise SampleError(
                     "rejected",
                     f"A prompt of {longest} tokens and an answer of at most {max_tokens} exceed the model's "
@@ -294,46 +308,11 @@ class TransformersEngine:
         return inputs
 
 
-def _render(checkpoint: Checkpoint, request: Request, model: str) -> str:
-    """The prompt as the model's chat template has it."""
-    texts = [request.system or "", *(part for part in request.parts if isinstance(part, str))]
-    for placeholder in checkpoint.placeholders:
-        if any(placeholder in text for text in texts):
-            raise SampleError(
-                "rejected", f"The text holds {placeholder!r}, which stands for a picture to this model"
-            )
-    messages = [{"role": "user", "content": [_content(part) for part in request.parts]}]
-    if request.system is not None:
-        messages.insert(0, {"role": "system", "content": [_content(request.system)]})
-    try:
-        prompt: str = checkpoint.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"The chat template of model={model!r} can't take this conversation ({error}); some models know no "
-            "system prompt: try without one"
-        ) from error
-    return prompt
-
-
-def _content(part: Any) -> dict[str, str]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if isinstance(part, Media) and part.kind == "image":
-        return {"type": "image"}
-    raise ConfigError(
-        f"The transformers engine takes text and images, not {part!r}; use engine vllm or openai"
-    )
-
-
-def _decode(media: Media) -> Any:
-    from PIL import Image
-
-    try:
-        return Image.open(io.BytesIO(media.data)).convert("RGB")
-    except Exception as error:
-        raise SampleError("media_corrupt", f"The image can't be decoded: {error}", media=media.ref) from error
+def _grammars(checkpoint: Checkpoint) -> Grammars | None:
+    """What answers can be constrained with; None where they can't be."""
+    if not checkpoint.conversational and not (checkpoint.starts_freely and writes_json(checkpoint.tokenizer)):
+        return None
+    return Grammars(checkpoint.tokenizer, vocabulary=checkpoint.vocabulary, eos_ids=checkpoint.eos_ids)
 
 
 def _blame(error: Exception) -> Exception:

@@ -25,6 +25,7 @@ class FakeModel:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.loaded: list[str] = []
+        self.groups: dict[str, str] = {}
         self._load_done = threading.Condition()
         self.capacity = 10**6
         self.poison: set[str] = set()
@@ -63,6 +64,7 @@ class FakeModel:
     def batcher(self, *, size: int = 4, in_flight: int = 100) -> Batcher[str, str, list[str], str]:
         return Batcher(
             load=self.load,
+            group=lambda item: self.groups.get(item),
             collate=self.collate,
             run=self.run,
             blame=lambda error: SampleError("rejected", str(error)),
@@ -111,9 +113,7 @@ def run_with(
 async def ask_all(
     batcher: Batcher[str, str, list[str], str], items: Sequence[str], **kwargs: Any
 ) -> list[Any]:
-    return await asyncio.gather(
-        *(batcher.submit(item, **{"group": None, **kwargs}) for item in items), return_exceptions=True
-    )
+    return await asyncio.gather(*(batcher.submit(item, **kwargs) for item in items), return_exceptions=True)
 
 
 def names(count: int) -> list[str]:
@@ -129,10 +129,11 @@ def test_everybody_gets_their_own_answer_in_batches_of_the_given_size(model):
 def test_a_batch_holds_one_group_and_the_oldest_request_decides_which(model):
     async def test(batcher):
         held = Held(model)
-        first = asyncio.create_task(batcher.submit("first", group="a"))
+        first = asyncio.create_task(batcher.submit("first"))
         await held.until_started()
-        rest = [("a1", "a"), ("b1", "b"), ("a2", "a"), ("b2", "b"), ("a3", "a"), ("a4", "a"), ("a5", "a")]
-        tasks = [asyncio.create_task(batcher.submit(name, group=group)) for name, group in rest]
+        rest = ["a1", "b1", "a2", "b2", "a3", "a4", "a5"]
+        model.groups = {name: name[0] for name in rest}
+        tasks = [asyncio.create_task(batcher.submit(name)) for name in rest]
         await model.until_loaded(8)
         held.go.set()
         await asyncio.gather(first, *tasks)
@@ -155,7 +156,7 @@ def test_a_request_that_is_larger_than_a_batch_goes_alone(model):
 def test_requests_that_come_while_the_model_is_busy_share_the_next_batch(model):
     async def test(batcher):
         held = Held(model)
-        first = asyncio.create_task(batcher.submit("first", group=None))
+        first = asyncio.create_task(batcher.submit("first"))
         await held.until_started()
         early = asyncio.create_task(ask_all(batcher, ["early-1", "early-2"]))
         # Long enough for an idle model to be given what there is.
@@ -265,9 +266,9 @@ def test_a_request_that_can_not_be_loaded_costs_no_batch(model):
 def test_a_cancelled_request_is_never_run(model):
     async def test(batcher):
         held = Held(model)
-        first = asyncio.create_task(batcher.submit("first", group=None))
+        first = asyncio.create_task(batcher.submit("first"))
         await held.until_started()
-        tasks = [asyncio.create_task(batcher.submit(name, group=None)) for name in names(3)]
+        tasks = [asyncio.create_task(batcher.submit(name)) for name in names(3)]
         await model.until_loaded(4)
         tasks[1].cancel()
         held.go.set()
