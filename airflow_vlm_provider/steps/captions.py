@@ -42,6 +42,8 @@ _REFUSALS = re.compile(
 
 # A loop is a passage that comes so many times in a row at the end of a text; of a long one, fewer times are enough.
 _TIMES, _TIMES_IF_LONG, _LONG = 4, 3, 40
+# What stands between two passages, as a comma and a space, does not follow the last.
+_SEPARATOR = 2
 # As wide as so many letters at least: "ha ha ha ha" is something that can be said.
 _WIDTH = 30
 # What is looked at for loops.
@@ -76,15 +78,17 @@ def is_loop(text: str) -> bool:
     """Whether a text ends in the same passage over and over, as when a model can't stop."""
     text = re.sub(r"\s+", " ", text.casefold())[-_TAIL:]
     text = text.rstrip(" .,;:!?\"'”’)、。！？…") or text
-    for period in range(1, len(text) // _TIMES_IF_LONG + 1):
+    for period in range(1, (len(text) + _SEPARATOR) // _TIMES_IF_LONG + 1):
         times = _TIMES if period < _LONG else _TIMES_IF_LONG
         end = len(text) - period
         # Most periods are ruled out by the last few letters.
-        if text[end - period : end] != text[end:] or text[-times * period :] != text[end:] * times:
+        if text[end - period : end] != text[end:]:
             continue
         start = end
         while start and text[start - 1] == text[start - 1 + period]:
             start -= 1
+        if len(text) - start + _SEPARATOR < times * period:
+            continue
         if _width(text[start:]) >= _WIDTH:
             return True
     return False
