@@ -47,6 +47,16 @@ _RESPONSES: dict[str, tuple[int, Any]] = {
         400,
         _error("The image data does not represent a valid image.", code="invalid_image"),
     ),
+    "bad_video": (400, _error("Could not open video stream", kind="BadRequestError")),
+    "no_video": (
+        400,
+        _error(
+            "Invalid value: 'video_url'. Supported values are: 'text', 'image_url', 'input_audio', 'refusal', "
+            "'audio', and 'file'.",
+            code="invalid_value",
+            param="messages[1].content[0].type",
+        ),
+    ),
     "content_filter_400": (
         400,
         _error("The prompt triggered the content management policy.", code="content_filter"),
@@ -91,23 +101,35 @@ def fault_response(fault: str, *, quoting: str = "") -> Any:
     return status, _NONE, body
 
 
-def refused_parameter(body: Mapping[str, Any], reject: Sequence[str], models: Sequence[str]) -> str | None:
-    """The fault that this body's model or parameters deserve."""
+def refused(
+    body: Mapping[str, Any],
+    kinds: Sequence[str],
+    *,
+    reject: Sequence[str],
+    models: Sequence[str],
+    videos: bool,
+) -> str | None:
+    """The fault that this body's model, parameters or media deserve.
+
+    :param kinds: The types of its media.
+    """
     if models and body["model"] not in models:
         return "unknown_model"
     for name in reject:
         if name in body:
             return f"refuse_{name}" if f"refuse_{name}" in _RESPONSES else f"refuse:{name}"
-    return None
+    return "no_video" if not videos and "video_url" in kinds else None
 
 
 def tag_of_digest(digest: str) -> str:
     return f"img-{digest[:8]}"
 
 
-def compose(body: Mapping[str, Any], digests: Sequence[str], fault: str) -> dict[str, Any]:
+def compose(
+    body: Mapping[str, Any], digests: Sequence[str], fault: str, *, most_choices: int
+) -> dict[str, Any]:
     """A chat completion that names the media, bent the way the fault says."""
-    n = body.get("n", 1)
+    n = min(body.get("n", 1), most_choices)
     choices = [_choice(body, digests, fault, index) for index in range(n)]
     words = sum(len((choice["message"]["content"] or "").split()) for choice in choices)
     prompt = 256 * len(digests) + len(str(body["messages"][0]["content"])[:2000].split())
@@ -142,6 +164,10 @@ def _choice(body: Mapping[str, Any], digests: Sequence[str], fault: str, index: 
         message["content"], reason = "", "content_filter"
     elif fault == "length":
         message["content"], reason = str(content)[: len(str(content)) // 2], "length"
+    elif fault == "parts":
+        middle = len(str(content)) // 2
+        halves = (str(content)[:middle], str(content)[middle:])
+        message["content"] = [{"type": "text", "text": half} for half in halves]
     elif fault == "empty":
         message.update(content=None, reasoning_content="It is hard to say.")
     return {"index": index, "message": message, "finish_reason": reason}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from email.utils import formatdate
 from typing import Any
 
-from tests.support.stub_answers import compose, fault_response, refused_parameter
+from tests.support.stub_answers import compose, fault_response, refused
 
 
 @dataclass
@@ -37,6 +37,10 @@ class StubOptions:
     :param models: What ``/v1/models`` lists; when given, any other model is a 404.
     :param api_key: The key that is required; any other is a 401 that quotes the headers it was sent.
     :param reject: Body parameters that are answered with a 400.
+    :param videos: Whether the model takes videos; without, they are answered with a 400.
+    :param most_choices: How many candidates are given, however many are asked for.
+    :param max_body: Bytes of a body; what is announced to be larger is answered with a 413 before it is read, as
+        gateways do. 0 is no bound.
     """
 
     latency: float = 0.0
@@ -50,6 +54,9 @@ class StubOptions:
     models: list[str] = field(default_factory=list)
     api_key: str = ""
     reject: list[str] = field(default_factory=list)
+    videos: bool = True
+    most_choices: int = 100
+    max_body: int = 0
 
 
 class StubState:
@@ -66,6 +73,7 @@ class StubState:
         self.by_status: Counter[str] = Counter()
         self.by_fault: Counter[str] = Counter()
         self.by_image: Counter[str] = Counter()
+        self.by_media: Counter[str] = Counter()
         self.system_prompts: Counter[str] = Counter()
         self.log: deque[tuple[float, str, str]] = deque(maxlen=100_000)
         self.scripted = 0
@@ -80,6 +88,7 @@ class StubState:
             "by_status": dict(self.by_status),
             "by_fault": dict(self.by_fault),
             "by_image": dict(self.by_image),
+            "by_media": dict(self.by_media),
             "system_prompts": dict(self.system_prompts),
             "log": list(self.log),
         }
@@ -114,12 +123,15 @@ class StubConnection(asyncio.Protocol):
         self.reply: tuple[int, Mapping[str, str], bytes] = (200, {}, b"")
         self.fault = "ok"
         self.delay = 0.0
+        self.discards = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
+        if self.discards:
+            return
         self.buffer += data
         if self.busy or len(self.buffer) < self.need:
             return
@@ -127,7 +139,11 @@ class StubConnection(asyncio.Protocol):
         if end < 0:
             return
         method, path, headers = _parse_head(bytes(self.buffer[:end]))
-        self.need = end + 4 + int(headers.get("content-length", 0))
+        announced = int(headers.get("content-length", 0))
+        if 0 < self.server.options.max_body < announced:
+            self.turn_away()
+            return
+        self.need = end + 4 + announced
         if len(self.buffer) < self.need:
             return
         body = bytes(self.buffer[end + 4 : self.need])
@@ -135,6 +151,13 @@ class StubConnection(asyncio.Protocol):
         self.need = 0
         self.busy = True
         self.receive(method, path.partition("?")[0], headers, body)
+
+    def turn_away(self) -> None:
+        """Refuse a body that is too large at once; what still comes of it is thrown away."""
+        self.discards = True
+        self.buffer.clear()
+        self.refuse(413, {"Connection": "close"}, {"error": {"message": "Request Entity Too Large"}})
+        asyncio.get_running_loop().call_later(1.0, self.transport.close)
 
     def receive(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> None:
         server = self.server
@@ -156,18 +179,23 @@ class StubConnection(asyncio.Protocol):
 
     def complete(self, body: dict[str, Any]) -> None:
         server, options = self.server, self.server.options
-        digests, system = _media_and_system(body)
+        digests, kinds, system = _media_and_system(body)
         image = digests[0][:8]
         server.by_image[image] += 1
+        server.by_media.update(kinds)
         server.system_prompts[system] += 1
         server.in_flight += 1
         server.max_in_flight = max(server.max_in_flight, server.in_flight)
         self.fault, other = server.draw(image, server.by_image[image])
-        if refused := refused_parameter(body, options.reject, options.models):
-            self.fault = refused
+        if fault := refused(body, kinds, reject=options.reject, models=options.models, videos=options.videos):
+            self.fault = fault
         server.log.append((time.monotonic(), image, self.fault))
         server.by_fault[self.fault] += 1
-        status, headers, content = fault_response(self.fault) or (200, {}, compose(body, digests, self.fault))
+        status, headers, content = fault_response(self.fault) or (
+            200,
+            {},
+            compose(body, digests, self.fault, most_choices=options.most_choices),
+        )
         if self.fault == "rate_limit":
             headers = {**headers, **_retry_after(options.retry_after)}
         self.reply = (status, headers, json.dumps(content).encode())
@@ -279,9 +307,11 @@ def _parse_head(head: bytes) -> tuple[str, str, dict[str, str]]:
     return method, path, headers
 
 
-def _media_and_system(body: Mapping[str, Any]) -> tuple[list[str], str]:
-    """SHA-256 of each medium, in order (of the text when there is none), and the system prompt."""
-    digests, text, system = [], "", ""
+def _media_and_system(body: Mapping[str, Any]) -> tuple[list[str], list[str], str]:
+    """SHA-256 (of the text when there are none) and type of each medium, in order, and the system prompt."""
+    digests: list[str] = []
+    kinds: list[str] = []
+    text, system = "", ""
     for message in body["messages"]:
         content = message["content"]
         if message["role"] == "system":
@@ -295,7 +325,8 @@ def _media_and_system(body: Mapping[str, Any]) -> tuple[list[str], str]:
                 else:
                     data = part[part["type"]]["url"].partition("base64,")[2]
                     digests.append(hashlib.sha256(base64.b64decode(data)).hexdigest())
-    return digests or [hashlib.sha256(text.encode()).hexdigest()], system
+                    kinds.append(part["type"])
+    return digests or [hashlib.sha256(text.encode()).hexdigest()], kinds, system
 
 
 def _retry_after(spec: str) -> dict[str, str]:
