@@ -1,0 +1,227 @@
+"""What a vLLM server is started with: its command line, its environment, and the key that tells it from others.
+
+Two tasks share a server when model, revision, engine arguments, GPUs and command are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from airflow_vlm_provider.errors import ConfigError
+
+DEFAULT_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+CPU = "cpu"
+"""Stands for the GPUs of a machine that has none: there, too, one server at a time has the memory to itself."""
+
+# Decided here; a name of its own for the model would be one that requests don't know.
+_OWN = frozenset({"model", "revision", "host", "port", "uds", "api_key", "served_model_name", "root_path"})
+# Arguments of vLLM's that decide where and how fast answers are made, but not what they are.
+_NO_INFLUENCE = frozenset(
+    {
+        "api_server_count",
+        "async_scheduling",
+        "attention_backend",
+        "block_size",
+        "compilation_config",
+        "cpu_offload_gb",
+        "data_parallel_size",
+        "disable_access_log_for_endpoints",
+        "disable_custom_all_reduce",
+        "disable_log_requests",
+        "disable_log_stats",
+        "disable_uvicorn_access_log",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enable_expert_parallel",
+        "enable_log_requests",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "limit_mm_per_prompt",
+        "max_log_len",
+        "max_model_len",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "mm_encoder_tp_mode",
+        "mm_processor_cache_gb",
+        "mm_processor_cache_type",
+        "pipeline_parallel_size",
+        "swap_space",
+        "tensor_parallel_size",
+        "uvicorn_log_level",
+    }
+)
+# What a model's own code has no business to read: connections, keys of the metadata database, JWT secrets.
+_SECRET_PREFIXES = ("AIRFLOW", "_AIRFLOW")
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What a server is started with.
+
+    :param model: Name on the Hugging Face hub, or a folder.
+    :param revision: Branch, tag or commit on the hub.
+    :param args: Engine arguments by vLLM's own names, with underscores: ``{"tensor_parallel_size": 2}``.
+    :param gpus: The GPUs that it runs on, as ``CUDA_VISIBLE_DEVICES`` names them; ``("cpu",)`` for none.
+    :param command: What starts vLLM's OpenAI-compatible server, without arguments.
+    """
+
+    model: str
+    gpus: tuple[str, ...]
+    revision: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    command: tuple[str, ...] = DEFAULT_COMMAND
+
+    def __post_init__(self) -> None:
+        for name in self.args:
+            if name.replace("-", "_") in _OWN:
+                raise ConfigError(
+                    f"The engine argument {name!r} can't be given: address, key and name of a server on the worker are "
+                    "its own. The model is the operator's or the connection's."
+                )
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that tell this server from others on the worker."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "args": {name.replace("-", "_"): value for name, value in self.args.items()},
+            "gpus": list(self.gpus),
+            "command": list(self.command),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ServerSpec:
+        """The spec that :meth:`to_json` gave these."""
+        return cls(
+            model=data["model"],
+            revision=data["revision"],
+            args=data["args"],
+            gpus=tuple(data["gpus"]),
+            command=tuple(data["command"]),
+        )
+
+    def argv(self, *, port: int) -> list[str]:
+        """The command line. The API key is no part of it: other users of the machine can read it."""
+        # `vllm serve` wants the model without a name, everything else with one.
+        model = [self.model] if self.command[-1] == "serve" else ["--model", self.model]
+        argv = [*self.command, *model, "--served-model-name", self.model]
+        argv += ["--host", "127.0.0.1", "--port", str(port)]
+        if self.revision is not None:
+            argv += ["--revision", self.revision]
+        for name, value in self.args.items():
+            argv += _flag(name.replace("_", "-"), value)
+        return argv
+
+    def environment(self, *, api_key: str) -> dict[str, str]:
+        """The server's environment variables: this process's, without what is Airflow's."""
+        env = without_secrets()
+        if self.command[0] != sys.executable:
+            # Another Python finds its own libraries, or the wrong ones.
+            env.pop("PYTHONPATH", None)
+            env.pop("PYTHONHOME", None)
+        if self.gpus != (CPU,):
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
+        env.update(VLLM_API_KEY=api_key, VLM_ENGINE_KEY=self.key)
+        env.setdefault("VLLM_NO_USAGE_STATS", "1")
+        return env
+
+
+def without_secrets() -> dict[str, str]:
+    """This process's environment variables, without what is Airflow's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_SECRET_PREFIXES)}
+
+
+def influence(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine arguments that may decide what a model answers; those that are not known may."""
+    named = {name.replace("-", "_"): value for name, value in args.items()}
+    return {name: named[name] for name in sorted(named) if name not in _NO_INFLUENCE}
+
+
+def read_command(command: str | None) -> tuple[str, ...]:
+    """What starts vLLM, from a line as it would be typed; None and an empty one take the installed vLLM.
+
+    :raises ConfigError: quotes in it are not closed.
+    """
+    try:
+        return tuple(shlex.split(command or "")) or DEFAULT_COMMAND
+    except ValueError as error:
+        raise ConfigError(f"[vlm] vllm_command can't be read ({error}): {command}") from error
+
+
+def pick_gpus(gpus: str | Sequence[Any] | None, args: Mapping[str, Any]) -> tuple[str, ...]:
+    """The GPUs that a server gets: those that are named, or else as many of the worker's first as it needs.
+
+    :param gpus: Such as ``"0,1"`` or ``[0, 1]``; None leaves it open.
+    :param args: The engine arguments, whose parallel sizes say how many are needed.
+    :raises ConfigError: the worker has not so many, or more or fewer are named than needed.
+    """
+    needed = 1
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        value = args.get(name, args.get(name.replace("_", "-"), 1))
+        if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+        needed *= int(value)
+    visible = _visible_gpus()
+    if gpus is None:
+        if not visible:
+            return (CPU,)
+        if len(visible) < needed:
+            raise ConfigError(
+                f"{needed} GPUs are asked for (tensor_parallel_size x pipeline_parallel_size x data_parallel_size), and "
+                f"this worker has {len(visible)}: {', '.join(visible)}."
+            )
+        return tuple(visible[:needed])
+    named = (
+        [each.strip() for each in gpus.split(",")] if isinstance(gpus, str) else [str(each) for each in gpus]
+    )
+    if len(set(named)) != len(named) or not all(named):
+        raise ConfigError(f"gpus={gpus!r} must name each GPU once, as in '0,1'.")
+    if len(named) != needed:
+        raise ConfigError(f"gpus={gpus!r} names {len(named)} GPUs, but the parallel sizes ask for {needed}.")
+    if missing := [each for each in named if each not in visible]:
+        raise ConfigError(
+            f"gpus={gpus!r}: this worker has no {', '.join(missing)}; it sees {', '.join(visible) or 'no GPU'}."
+        )
+    return tuple(named)
+
+
+def _visible_gpus() -> list[str]:
+    """What this process may use, by the names that ``CUDA_VISIBLE_DEVICES`` takes."""
+    limited = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("NVIDIA_VISIBLE_DEVICES", "all"))
+    if limited in ("", "none", "void", "-1"):
+        return []
+    if limited != "all" and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [each.strip() for each in limited.split(",") if each.strip()]
+    # Not by a library of CUDA's: a process that has asked it can't fork any more.
+    return [str(number) for number, _ in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*")))]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, Mapping):
+        return [f"--{name}", json.dumps(value)]
+    if isinstance(value, list | tuple):
+        return [
+            f"--{name}",
+            *(json.dumps(each) if isinstance(each, Mapping) else str(each) for each in value),
+        ]
+    return [f"--{name}", str(value)]
