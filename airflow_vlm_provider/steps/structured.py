@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, PydanticUserError, ValidationError
@@ -16,6 +16,7 @@ from airflow_vlm_provider.steps.strict_schema import column_schema, strict_schem
 # More than a model has to say; bounds the time that a runaway answer takes.
 _EXAMINED = 100_000
 _THOUGHT_END = "</think>"
+_VALUES = 20
 _MESSAGE = 200
 
 
@@ -56,24 +57,31 @@ class StructuredOutput:
         """
         text = text.rpartition(_THOUGHT_END)[2].strip()
         reason = "it holds no JSON object"
-        for candidate in self._candidates(text, complete=complete):
+        # As it stands; between code fences or among words.
+        for candidate in (text, text[text.find("{") : text.rfind("}") + 1]):
             try:
-                return self.model.model_validate_json(candidate).model_dump(mode="json", by_alias=False)
+                return self._dumped(self.model.model_validate_json(candidate))
             except ValidationError as error:
-                if error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid":
-                    reason = _reason(error)
+                reason = _reason(error) or reason
+        if complete:
+            # What reads tolerantly takes long numbers for floats, and leaves out what it can't read. A model that
+            # repeats the form it was told, or drafts, gives its answer last.
+            for value in reversed(list(read_values(text[:_EXAMINED]))[-_VALUES:]):
+                if not isinstance(value, Pairs):
+                    continue
+                try:
+                    found = self.model.model_validate_json(json.dumps(_as_json(value)))
+                except ValidationError as error:
+                    reason = _reason(error) or reason
+                    continue
+                if _is_whole(found):
+                    return self._dumped(found)
+                reason = "not all of it can be read"
         raise SampleError("unparsable", f"The answer is no {self.model.__name__}: {reason}.")
 
     @staticmethod
-    def _candidates(text: str, *, complete: bool) -> Iterator[str]:
-        yield text
-        # Between code fences, or among words; what reads tolerantly would take long numbers for floats.
-        yield text[text.find("{") : text.rfind("}") + 1]
-        if complete:
-            # A model that repeats the form it was told, or drafts, gives its answer last.
-            for value in reversed(list(read_values(text[:_EXAMINED]))):
-                if isinstance(value, Pairs):
-                    yield json.dumps(_as_json(value))
+    def _dumped(found: BaseModel) -> Any:
+        return found.model_dump(mode="json", by_alias=False)
 
     def classes(self) -> list[type[BaseModel]]:
         """The model and those that it is made of, in a lasting order: whose code decides what is accepted."""
@@ -93,11 +101,26 @@ class StructuredOutput:
 
 
 def _reason(error: ValidationError) -> str:
+    """Why a value does not fit; empty where it is no JSON at all."""
     errors = error.errors(include_url=False, include_input=False)
+    if errors[0]["type"] == "json_invalid":
+        return ""
     where = ".".join(str(part) for part in errors[0]["loc"])
     what = errors[0]["msg"][:_MESSAGE]
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{where}: {what}{more}" if where else f"{what}{more}"
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether every field of a model was given, and none made up from a default, also of models in it."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return value.model_fields_set >= fields.keys() and all(
+            _is_whole(getattr(value, name)) for name in fields
+        )
+    if isinstance(value, Mapping):
+        return all(map(_is_whole, value.values()))
+    return not isinstance(value, list | tuple | set | frozenset) or all(map(_is_whole, value))
 
 
 def _as_json(value: Any) -> Any:
