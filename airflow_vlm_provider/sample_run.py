@@ -196,6 +196,10 @@ class SampleRunner:
                     ask=asked.ask,
                     note=request.note if isinstance(request, Request) else None,
                 )
+            except SampleError as error:
+                # What is asked again for it is this, and not all that was asked about the medium.
+                error.keys = error.keys or ((loading.key,) if loading.key else ())
+                raise
             finally:
                 loading.record()
         if given is None:

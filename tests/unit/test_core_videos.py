@@ -111,8 +111,11 @@ class VideoEngine(ScriptedEngine):
     :ivar sent: The requests that were answered.
     """
 
-    def __init__(self, *, model_takes_video: bool = True, known: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *, model_takes_video: bool = True, known: bool = False, refused: str = "", **options: Any
+    ) -> None:
         super().__init__(**options)
+        self.refused = refused
         self.takes_video = model_takes_video or not known
         self.model_takes_video = model_takes_video
         self.sent: list[Request] = []
@@ -125,6 +128,8 @@ class VideoEngine(ScriptedEngine):
             self.turned_away += 1
             raise NoVideoError("no videos")
         self.sent.append(request)
+        if request.parts[-1] == self.refused:
+            raise SampleError("refused", "declined", attempts=1)
         answer = await super().ask(request)
         return dataclasses.replace(answer, choices=(Choice(f"answer to {request.parts[-1]}"),))
 
@@ -244,9 +249,13 @@ def test_frames_are_sent_as_images_also_to_a_model_that_takes_videos(place):
     assert place.media.prepared == {("a", False): 3}
 
 
-def test_asking_again_about_one_window_leaves_the_others_answers_alone(place):
+@pytest.mark.parametrize("who", ["the step says so", "the engine says so"])
+def test_asking_again_about_one_window_leaves_the_others_answers_alone(place, who):
     shard = place.shard("a.jsonl", videos("a", "b"))
-    (manifest,) = place.run(VideoEngine(), shard, step=WindowStep(refused="part 1"))
+    if who == "the step says so":
+        (manifest,) = place.run(VideoEngine(), shard, step=WindowStep(refused="part 1"))
+    else:
+        (manifest,) = place.run(VideoEngine(refused="part 1"), shard, step=WindowStep())
     assert manifest.kinds == {"refused": 2}
     assert [len(letter["keys"]) for letter in place.errors()] == [1, 1]
     place.media.fetched.clear()
