@@ -95,10 +95,16 @@ class CaptioningStep(ABC):
         """Whether a medium may be left without a caption for this reason, as long as others have theirs."""
         return False
 
-    def _fields(self, row: Row, captioned: Sequence[Captioned | None]) -> Mapping[str, Any]:  # noqa: ARG002
-        """What is written into every new row besides the text; each field has to be one of :meth:`generated`.
+    def _fields(
+        self,
+        row: Row,  # noqa: ARG002
+        captioned: Sequence[Captioned | None],  # noqa: ARG002
+        number: int,  # noqa: ARG002
+    ) -> Mapping[str, Any]:
+        """What is written into a new row besides the text; each field has to be one of :meth:`generated`.
 
         :param captioned: What came of each medium, in the order of the placeholders; None of one that stays bare.
+        :param number: Which of the new rows it is, from 0.
         """
         return {}
 
@@ -149,10 +155,10 @@ class CaptioningStep(ABC):
             for place, each in zip(distinct, ended, strict=True)
         }
         captioned = [found[place] for place in places]
-        fields = self._fields(row, captioned)
         rows: list[Row] = [row] if self.keep_original_sample else []
         for number in range(self.new_rows):
             captions = [None if each is None else each.captions[number] for each in captioned]
             text = write_chunks(chunks, captions, tokens=tokens, kind=self.kind)
+            fields = self._fields(row, captioned, number)
             rows.append({**row, **fields, self.text_key: text})
         return Result(rows=tuple(rows))

@@ -18,6 +18,10 @@ from airflow_vlm_provider.errors import SampleError
 
 T = TypeVar("T")
 
+WINDOWS_VERSION = 1
+"""Part of the fingerprint of every step that captions in windows: a change to where they begin, or to what is said of
+them, asks other questions."""
+
 SHORTEST = 0.1
 """A last window below this share of a window is joined to the one before."""
 
@@ -88,6 +92,17 @@ def listed(captions: Sequence[tuple[Window, str]]) -> str:
     return "\n".join(
         f"{span(window.start, window.end)}: {' '.join(caption.split())}" for window, caption in captions
     )
+
+
+def to_sum_up(message: str, captions: Sequence[tuple[Window, str]]) -> str:
+    """What a model is asked about the whole video that is shown nothing but captions of its parts.
+
+    :param message: What it would be asked beside the video.
+    """
+    return (
+        f"These are captions of the parts of one video, in order, each with its time span:\n\n{listed(captions)}\n\n"
+        f"From these captions alone, do the following for the whole video. {message}"
+    ).rstrip()
 
 
 def grouped(items: Sequence[T]) -> list[Sequence[T]]:
