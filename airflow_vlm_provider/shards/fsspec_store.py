@@ -116,6 +116,10 @@ class FsspecStore:
     def open(self, name: str) -> BinaryIO:
         return io.BufferedReader(self._reader(name), READ_BUFFER_BYTES)
 
+    def open_version(self, name: str) -> tuple[BinaryIO, ObjectInfo]:
+        info = self.stat(name)
+        return io.BufferedReader(self._reader(name, version=info), READ_BUFFER_BYTES), info
+
     def open_seekable(self, name: str) -> BinaryIO:
         return cast("BinaryIO", self._reader(name))
 

@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urljoin
 
 import tenacity
@@ -40,11 +40,14 @@ CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 20.0
 # One fetch with all its redirects, however slowly its bytes drip.
 TOTAL_TIMEOUT_S = 60.0
+# Of a video, so many bytes buy another second.
+LEAST_BYTES_PER_S = 256 * 1024
 _CHUNK_BYTES = 64 * 1024
 
+_ACCEPT_IMAGE = "image/jpeg, image/png, image/webp, image/*;q=0.8, */*;q=0.1"
+_ACCEPT_VIDEO = "video/mp4, video/*;q=0.9, */*;q=0.1"
 _HEADERS = {
     "User-Agent": f"airflow-provider-vlm/{__version__}",
-    "Accept": "image/jpeg, image/png, image/webp, image/*;q=0.8, */*;q=0.1",
     "Accept-Encoding": "identity",
     "Connection": "close",
 }
@@ -54,11 +57,23 @@ _DENIED = frozenset({401, 403, 407, 451})
 _LATER = frozenset({408, 425, 429})
 
 
+class Sink(Protocol):
+    """What takes a body as it comes, such as a file."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
+S = TypeVar("S", bound=Sink)
+
+
 class HttpFetcher:
     """Fetches URLs that the roots allow. Safe to use from several threads at once.
 
     :param reach: Says how near a URL may come, or raises ``media_refused``; asked for every hop.
     :param max_bytes: Most bytes to take of one URL.
+    :param accept: The kinds of content to ask for, as in HTTP's header.
+    :param least_rate: Bytes that buy another second beyond ``total_timeout``; None lets it be the end for large bodies,
+        too.
     """
 
     def __init__(
@@ -66,6 +81,8 @@ class HttpFetcher:
         *,
         reach: Callable[[HttpUrl], Reach],
         max_bytes: int,
+        accept: str = _ACCEPT_IMAGE,
+        least_rate: int | None = None,
         connect_timeout: float = CONNECT_TIMEOUT_S,
         read_timeout: float = READ_TIMEOUT_S,
         total_timeout: float = TOTAL_TIMEOUT_S,
@@ -73,6 +90,8 @@ class HttpFetcher:
     ) -> None:
         self._reach = reach
         self._max_bytes = max_bytes
+        self._accept = accept
+        self._least_rate = least_rate
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
         self._total_timeout = total_timeout
@@ -80,10 +99,21 @@ class HttpFetcher:
         self._tls_lock = threading.Lock()
         self._tls: ssl.SSLContext | None = None
 
-    def fetch(self, url: HttpUrl) -> bytes:
-        """
-        Return what a URL answers, trying again what is transient.
+    @classmethod
+    def for_videos(cls, *, reach: Callable[[HttpUrl], Reach], max_bytes: int) -> HttpFetcher:
+        """Make one that has more patience the more has arrived."""
+        return cls(reach=reach, max_bytes=max_bytes, accept=_ACCEPT_VIDEO, least_rate=LEAST_BYTES_PER_S)
 
+    def fetch(self, url: HttpUrl) -> bytes:
+        """Return what a URL answers; see :meth:`download`."""
+        return self.download(url, io.BytesIO).getvalue()
+
+    def download(self, url: HttpUrl, sink: Callable[[], S]) -> S:
+        """
+        Take what a URL answers, trying again what is transient.
+
+        :param sink: Makes what takes the body, anew for every attempt.
+        :return: The one that has the whole body.
         :raises SampleError: ``media_refused``, ``media_missing``, ``media_unreadable`` or ``media_too_large``
         :raises TransientError: it could not be fetched this time.
         """
@@ -94,22 +124,22 @@ class HttpFetcher:
             before_sleep=tenacity.before_sleep_log(log, logging.INFO),
             reraise=True,
         )
-        return retrying(self._fetch, url)
+        whole: S = retrying(self._download, url, sink)
+        return whole
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         asked = error.seconds if isinstance(error, _RetryLaterError) else 0.0
         return max(self._backoff(state), min(asked, LONGEST_WAIT_S))
 
-    def _fetch(self, url: HttpUrl) -> bytes:
+    def _download(self, url: HttpUrl, sink: Callable[[], S]) -> S:
         reach = self._reach(url)
         deadline = time.monotonic() + self._total_timeout
         try:
             for _ in range(MAX_REDIRECTS + 1):
-                outcome = self._hop(url, reach, deadline)
-                if isinstance(outcome, bytes):
-                    return outcome
-                url, reach = outcome
+                whole, url, reach = self._hop(url, reach, deadline, sink)
+                if whole is not None:
+                    return whole
         except ssl.SSLCertVerificationError as error:
             raise SampleError(
                 "media_unreadable",
@@ -120,18 +150,21 @@ class HttpFetcher:
             raise TransientError(f"{shown(str(url))} could not be fetched: {reason[:200]}") from error
         raise SampleError("media_unreadable", f"{shown(str(url))}: more than {MAX_REDIRECTS} redirects.")
 
-    def _hop(self, url: HttpUrl, reach: Reach, deadline: float) -> bytes | tuple[HttpUrl, Reach]:
-        """Ask one server: its answer's body, or where it says to go instead and how near that may come."""
+    def _hop(
+        self, url: HttpUrl, reach: Reach, deadline: float, sink: Callable[[], S]
+    ) -> tuple[S | None, HttpUrl, Reach]:
+        """Ask one server: its answer's body, or None and where it says to go instead and how near that may come."""
         with self._connect(url, reach, deadline) as sock:
             connection = http.client.HTTPConnection(url.host, url.port)
-            connection.sock = _DeadlineSocket(sock, deadline, self._read_timeout)
-            connection.request("GET", url.target, headers={"Host": url.authority, **_HEADERS})
+            connection.sock = timed = _DeadlineSocket(sock, deadline, self._read_timeout)
+            headers = {"Host": url.authority, "Accept": self._accept, **_HEADERS}
+            connection.request("GET", url.target, headers=headers)
             response = connection.getresponse()
             if response.status in _REDIRECTS:
-                return self._redirected(url, response)
+                return None, *self._redirected(url, response)
             if response.status != 200:
                 raise _refusal(url, response)
-            return self._body(url, response)
+            return self._body(url, response, timed, sink()), url, reach
 
     def _connect(self, url: HttpUrl, reach: Reach, deadline: float) -> socket.socket:
         last: OSError | None = None
@@ -172,24 +205,25 @@ class HttpFetcher:
                 "media_refused", f"{shown(str(url))} redirects to what is no URL: {error}."
             ) from error
 
-    def _body(self, url: HttpUrl, response: http.client.HTTPResponse) -> bytes:
+    def _body(self, url: HttpUrl, response: http.client.HTTPResponse, timed: _DeadlineSocket, sink: S) -> S:
         expected = response.length
         if expected is not None and expected > self._max_bytes:
             raise self._too_large(url)
-        body = bytearray()
+        done = 0
         # Counted here: read1 neither stops at the declared length nor minds a connection that closes before it.
-        while expected is None or len(body) < expected:
-            chunk = response.read1(
-                _CHUNK_BYTES if expected is None else min(_CHUNK_BYTES, expected - len(body))
-            )
+        while expected is None or done < expected:
+            chunk = response.read1(_CHUNK_BYTES if expected is None else min(_CHUNK_BYTES, expected - done))
             if not chunk:
                 break
-            body += chunk
-            if len(body) > self._max_bytes:
+            done += len(chunk)
+            if done > self._max_bytes:
                 raise self._too_large(url)
-        if expected is not None and len(body) < expected:
-            raise ConnectionResetError(f"it broke off after {len(body)} of {expected} bytes")
-        return bytes(body)
+            sink.write(chunk)
+            if self._least_rate is not None:
+                timed.deadline += len(chunk) / self._least_rate
+        if expected is not None and done < expected:
+            raise ConnectionResetError(f"it broke off after {done} of {expected} bytes")
+        return sink
 
     def _too_large(self, url: HttpUrl) -> SampleError:
         return SampleError(
@@ -214,15 +248,15 @@ class _DeadlineSocket:
 
     def __init__(self, sock: socket.socket, deadline: float, read_timeout: float) -> None:
         self._sock = sock
-        self._deadline = deadline
+        self.deadline = deadline
         self._read_timeout = read_timeout
 
     def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(_remaining(self._deadline, self._read_timeout))
+        self._sock.settimeout(_remaining(self.deadline, self._read_timeout))
         self._sock.sendall(data)
 
     def recv_into(self, buffer: WriteableBuffer) -> int:
-        self._sock.settimeout(_remaining(self._deadline, self._read_timeout))
+        self._sock.settimeout(_remaining(self.deadline, self._read_timeout))
         return self._sock.recv_into(buffer)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
@@ -287,4 +321,4 @@ def _refusal(url: HttpUrl, response: http.client.HTTPResponse) -> SampleError:
     if response.status >= 500 or response.status in _LATER:
         after = response.getheader("Retry-After", "")
         return _RetryLaterError(f"{said}.", float(after) if after.isascii() and after.isdigit() else 0.0)
-    return SampleError("media_unreadable", f"{said}, not with a picture.")
+    return SampleError("media_unreadable", f"{said}, not with the file.")

@@ -74,6 +74,10 @@ class LocalStore:
     def open(self, name: str) -> BinaryIO:
         return self._open(name, buffering=-1)
 
+    def open_version(self, name: str) -> tuple[BinaryIO, ObjectInfo]:
+        stream = self.open(name)
+        return stream, _object_info(name, os.fstat(stream.fileno()))
+
     def open_seekable(self, name: str) -> BinaryIO:
         return self._open(name, buffering=0)
 

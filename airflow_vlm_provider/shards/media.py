@@ -25,41 +25,30 @@ The limits: :data:`MAX_BYTES` per file, and :data:`~airflow_vlm_provider.shards.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import logging
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, groupby, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from airflow_vlm_provider.errors import ConfigError, SampleError, TransientError
-from airflow_vlm_provider.shards.http_urls import HttpUrl
+from airflow_vlm_provider.errors import ConfigError, SampleError
 from airflow_vlm_provider.shards.images import PREPROCESSING_VERSION, fit_image
-from airflow_vlm_provider.shards.media_roots import MediaRoots, StoredMedia, shown
-from airflow_vlm_provider.shards.opening import open_store
-from airflow_vlm_provider.shards.stores import (
-    InvalidNameError,
-    NotARegularFileError,
-    ObjectTooLargeError,
-    OutsideRootError,
-    Store,
-    StoreError,
-)
+from airflow_vlm_provider.shards.media_files import MediaFiles, Reading, too_large
+from airflow_vlm_provider.shards.media_roots import shown
+from airflow_vlm_provider.shards.video_files import MAX_VIDEO_BYTES, VideoReading
+from airflow_vlm_provider.shards.videos import VIDEO_VERSION, prepare_video, probe_video
 from airflow_vlm_provider.types import FrameSampling, Media, MediaRef, Part, SourceMedia
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from airflow_vlm_provider.shards.http_media import HttpFetcher
+    from airflow_vlm_provider.shards.http_urls import HttpUrl
+    from airflow_vlm_provider.shards.stores import Store
 
 MAX_BYTES = 64 * 1024 * 1024
-VIDEO_VERSION = 1
 # A reference that holds a picture instead of naming one would drown the list of dead letters.
 _REPORTED_CHARS = 1000
-# The identity of a FIFO, or of a link to where nothing may be read: where a search ends, unlike where nothing is.
-_REFUSED = "refused"
-# Requests at once where every file has to be asked for by itself.
-_STAT_THREADS = 16
-_STAT_BATCH = 1000
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class MediaLoader:
@@ -72,7 +61,8 @@ class MediaLoader:
     :param s3_client: Makes the boto3 S3 client, called when it is first needed.
     :param filesystem: Makes the fsspec file system for a root of another scheme; see
         :func:`~airflow_vlm_provider.shards.opening.open_store`.
-    :param max_bytes: Most bytes that one file may have.
+    :param max_bytes: Most bytes that an image's file may have.
+    :param max_video_bytes: Most bytes that a video's file may have.
     :raises ConfigError: a root is malformed or never read, or a limit is below 1.
     """
 
@@ -85,6 +75,7 @@ class MediaLoader:
         s3_client: Callable[[], Any] | None = None,
         filesystem: Callable[[str], Any] | None = None,
         max_bytes: int = MAX_BYTES,
+        max_video_bytes: int = MAX_VIDEO_BYTES,
     ) -> None:
         if max_pixels is not None and max_pixels < 1:
             raise ConfigError(
@@ -92,23 +83,28 @@ class MediaLoader:
             )
         self._source = source_uri.rstrip("/") + "/"
         self._max_pixels = max_pixels
-        self._max_bytes = max_bytes
         # They decide which file a relative reference means; where the shards are does not, so a moved dataset is known.
         self._named_roots = None if roots is None else list(roots)
-        self._roots = MediaRoots([source_uri] if roots is None else roots)
-        self._stores: dict[str, Store] = {
-            uri: open_store(uri, s3_client=s3_client, filesystem=filesystem) for uri in self._roots.store_uris
-        }
-        self._fetch_url: Callable[[HttpUrl], bytes] | None = None
-        if self._roots.allow_http:
+        self._files = MediaFiles(
+            source_uri=self._source,
+            roots=[source_uri] if roots is None else roots,
+            s3_client=s3_client,
+            filesystem=filesystem,
+        )
+        fetcher = video_fetcher = None
+        if self._files.roots.allow_http:
             from airflow_vlm_provider.shards.http_media import HttpFetcher
 
-            self._fetch_url = HttpFetcher(reach=self._roots.reach, max_bytes=max_bytes).fetch
+            reach = self._files.roots.reach
+            fetcher = HttpFetcher(reach=reach, max_bytes=max_bytes)
+            video_fetcher = HttpFetcher.for_videos(reach=reach, max_bytes=max_video_bytes)
+        self._images = _ImageReading(max_bytes=max_bytes, fetcher=fetcher)
+        self._videos = VideoReading(max_bytes=max_video_bytes, fetcher=video_fetcher)
 
     @property
     def remote(self) -> bool:
         """Whether loading may wait for a network."""
-        return self._roots.allow_http or not all(uri.startswith("file:") for uri in self._stores)
+        return self._files.remote
 
     def parameters(self) -> Mapping[str, Any]:
         """Everything that decides what becomes of an image, as JSON values: part of the fingerprint."""
@@ -128,18 +124,24 @@ class MediaLoader:
         With other roots, or the shards elsewhere, a reference may mean another file even if nothing has changed
         where it was looked for before.
         """
-        return {**self.parameters(), "source": self._source, "max_bytes": self._max_bytes}
+        return {
+            **self.parameters(),
+            "source": self._source,
+            "max_bytes": self._images.max_bytes,
+            "max_video_bytes": self._videos.max_bytes,
+        }
 
     def fetch(
         self, ref: MediaRef, *, shard: str = "", embedded: Mapping[str, bytes] | None = None
     ) -> SourceMedia:
         """
-        Find and read one image's file, without a look at what is in it. Blocks on files and networks.
+        Find and read the file of an image or a video, without a look at what is in it. Blocks on files and networks.
 
         :param shard: Name of the sample's shard below the source.
         :param embedded: Media that the shard holds itself, by reference. Such a reference is looked for nowhere else.
         :raises SampleError: see the module's table. Its ``looked`` tells what was looked at in vain.
         :raises TransientError: it could not be read this time.
+        :raises SpoolError: there is no room on this machine for a video.
         """
         looked: list[tuple[str, str | None]] = []
         try:
@@ -147,199 +149,107 @@ class MediaLoader:
                 raise SampleError(
                     "media_refused", f"The reference is a {type(ref.ref).__name__}, not a string."
                 )
-            if ref.kind != "image":
-                raise SampleError(
-                    "media_unsupported", f"{shown(ref.ref)} is a {ref.kind}; only images can be loaded."
-                )
-            if embedded is not None and ref.ref in embedded:
-                data = self._within_limit(embedded[ref.ref], ref.ref)
-            else:
-                folder = shard.rpartition("/")[0]
-                places = self._roots.places(ref.ref, source=self._source, folder=folder)
-                data = self._read_first(places, ref.ref, looked)
+            if ref.kind == "video":
+                file = self._find(ref.ref, self._videos, shard, embedded, looked)
+                return SourceMedia("video", ref.ref, b"", file.digest, tuple(looked), file)
+            data = self._find(ref.ref, self._images, shard, embedded, looked)
         except SampleError as error:
             error.media, error.looked = _reported(ref.ref), tuple(looked)
             raise
-        digest = hashlib.sha256(data).hexdigest()
-        return SourceMedia(kind=ref.kind, ref=ref.ref, data=data, digest=digest, looked=tuple(looked))
+        return SourceMedia("image", ref.ref, data, hashlib.sha256(data).hexdigest(), tuple(looked))
 
     def prepare(
         self, source: SourceMedia, *, frames: FrameSampling | None = None, as_video: bool = False
     ) -> Sequence[Part]:
         """
         Make an image or a video fit for a model: checked, upright, small enough. Takes a CPU's time and waits for
-        nothing.
+        nothing but its turn.
 
         :param frames: Of a video, which frames.
         :param as_video: Of a video: as one video; else its frames as images, and a text that says so.
         :return: What stands in the message in its place.
         :raises SampleError: ``media_corrupt``, ``media_unsupported`` or ``media_too_large``.
+        :raises TransientError: a video's file was written to since it was fetched, or could not be read.
+        :raises ConfigError: what decodes videos is not installed.
         """
-        try:
+        with _blamed(source):
+            if source.kind == "video":
+                if frames is None:
+                    raise ValueError(
+                        f"{shown(source.ref)} is a video, and which of its frames to take is not said."
+                    )
+                return prepare_video(
+                    source.file, ref=source.ref, frames=frames, as_video=as_video, max_pixels=self._max_pixels
+                )
             mime, data = fit_image(source.data, max_pixels=self._max_pixels)
-        except SampleError as error:
-            error.media, error.looked = _reported(source.ref), source.looked
-            raise
-        return (Media(kind=source.kind, mime=mime, data=data, ref=source.ref),)
+        return (Media(kind="image", mime=mime, data=data, ref=source.ref),)
 
     def probe(self, source: SourceMedia) -> Mapping[str, Any]:
         """
         Tell what a video file is like; see :class:`~airflow_vlm_provider.types.Probe`.
 
-        :raises SampleError: ``media_corrupt`` or ``media_unsupported``.
+        :raises SampleError: ``media_corrupt``, ``media_unsupported`` or ``media_too_large``.
+        :raises TransientError: the file was written to since it was fetched, or could not be read.
+        :raises ConfigError: what decodes videos is not installed.
         """
-        raise NotImplementedError
+        with _blamed(source):
+            return probe_video(source.file)
 
     def identities(self, uris: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         """
-        Tell what is there now where :meth:`fetch` looked, by listing: not with one request for every file.
-
-        :param uris: URIs out of ``looked``, sorted, each once; consumed as they are answered.
-        :return: Each URI, in order, with its identity as in ``looked``; None also for what is below no root any more.
-        :raises ConnectionError: A store can't be reached even after retries.
-        :raises StoreError: A store answers something else than its contract knows.
+        Tell what is there now where :meth:`fetch` looked; see :meth:`.media_files.MediaFiles.identities`.
         """
-        for root, group in groupby(uris, key=self._root_of):
-            if root is None:
-                http = self._roots.allow_http
-                yield from ((uri, "" if http and _is_http(uri) else None) for uri in group)
-                continue
-            names = (uri[len(root) :] for uri in group)
-            yield from ((root + name, identity) for name, identity in self._identities_below(root, names))
+        return self._files.identities(uris)
 
-    def _root_of(self, uri: str) -> str | None:
-        return next((root for root in self._stores if uri.startswith(root)), None)
+    def _find(
+        self,
+        ref: str,
+        reading: _EmbeddedReading[T],
+        shard: str,
+        embedded: Mapping[str, bytes] | None,
+        looked: list[tuple[str, str | None]],
+    ) -> T:
+        if embedded is None or ref not in embedded:
+            return self._files.find(ref, reading, folder=shard.rpartition("/")[0], looked=looked)
+        data = embedded[ref]
+        if len(data) > reading.max_bytes:
+            raise too_large(f"{shown(ref)}, embedded in the shard,", reading.max_bytes)
+        return reading.read_embedded(data)
 
-    def _identities_below(self, root: str, names: Iterator[str]) -> Iterator[tuple[str, str | None]]:
-        waiting: deque[str] = deque()
 
-        def noted() -> Iterator[str]:
-            for name in names:
-                waiting.append(name)
-                yield name
+class _EmbeddedReading(Reading[T_co], Protocol[T_co]):
+    """How a file is read, be it found somewhere or in the shard itself."""
 
-        try:
-            for name, info in self._stores[root].stat_many(noted()):
-                waiting.popleft()
-                yield name, self._identity_of_no_object(root, name) if info is None else info.identity
-        except FileNotFoundError:
-            # The whole bucket is gone.
-            yield from ((name, None) for name in chain(waiting, names))
-        except PermissionError as error:
-            # Who may read objects may not always list them.
-            log.warning("%s may not be listed, so its files are looked up one by one (%s)", root, error)
-            rest = chain(waiting, names)
-            with ThreadPoolExecutor(_STAT_THREADS, thread_name_prefix="vlm-stat") as threads:
-                while batch := [StoredMedia(root, name) for name in islice(rest, _STAT_BATCH)]:
-                    yield from zip(
-                        (place.name for place in batch), threads.map(self._identity, batch), strict=True
-                    )
+    def read_embedded(self, data: bytes) -> T_co: ...
 
-    def _identity_of_no_object(self, root: str, name: str) -> str | None:
-        # A store knows of no object where a link leads into another root, and tells nothing from what is no file.
-        if root.startswith("file:") and os.path.lexists(root.removeprefix("file://") + name):
-            return self._identity(StoredMedia(root, name))
-        return None
 
-    def _identity(self, place: StoredMedia, *, follow: bool = True) -> str | None:
-        """Look one file up, on the ways that :meth:`_read_stored` goes."""
-        try:
-            return self._stores[place.root].stat(place.name).identity
-        except OutsideRootError:
-            target = self._roots.behind_link(place) if follow else None
-            return _REFUSED if target is None else self._identity(target, follow=False)
-        except (NotARegularFileError, InvalidNameError):
-            return _REFUSED
-        except (FileNotFoundError, IsADirectoryError, PermissionError):
-            return None
+class _ImageReading:
+    """Reads images into memory."""
 
-    def _read_first(
-        self, places: Sequence[StoredMedia | HttpUrl], ref: str, looked: list[tuple[str, str | None]]
-    ) -> bytes:
-        absent: SampleError | None = None
-        for place in places:
-            try:
-                data, identity = self._read(place)
-            except SampleError as error:
-                looked.append((str(place), self._identity_of_failed(place, error)))
-                # S3 denies what does not exist to those who may not list the bucket: look further then, too.
-                if error.kind not in ("media_missing", "media_unreadable"):
-                    raise
-                absent = error if absent is None or absent.kind == "media_missing" else absent
-            else:
-                looked.append((str(place), identity))
-                return data
-        assert absent is not None
-        if len(places) == 1:
-            raise absent
-        tried = ", ".join(shown(str(place)) for place in places[:3]) + (", ..." if len(places) > 3 else "")
-        raise SampleError(absent.kind, f"{shown(ref)}: {absent.message} Looked for {tried}.") from absent
+    def __init__(self, *, max_bytes: int, fetcher: HttpFetcher | None) -> None:
+        self.max_bytes = max_bytes
+        self._fetcher = fetcher
 
-    def _read(self, place: StoredMedia | HttpUrl) -> tuple[bytes, str]:
-        """Return a file's bytes and their identity."""
-        if isinstance(place, HttpUrl):
-            assert self._fetch_url is not None
-            return self._fetch_url(place), ""
-        return self._read_stored(place, follow=True)
-
-    def _identity_of_failed(self, place: StoredMedia | HttpUrl, error: SampleError) -> str | None:
-        """The identity of what could not be read, as :meth:`identities` tells it."""
-        uri = str(place)
-        # What S3 does not have need not be asked for once more.
-        if not _is_http(uri) and not uri.startswith("file:") and error.kind == "media_missing":
-            return None
-        try:
-            return next(self.identities([uri]))[1]
-        except (StoreError, OSError):
-            return None
-
-    def _read_stored(self, place: StoredMedia, *, follow: bool) -> tuple[bytes, str]:
-        try:
-            data, info = self._stores[place.root].fetch(place.name, max_bytes=self._max_bytes)
-        except OutsideRootError as error:
-            # A store knows only its own root; a link into another allowed one is no escape.
-            target = self._roots.behind_link(place) if follow else None
-            if target is None:
-                raise SampleError(
-                    "media_refused",
-                    f"{shown(str(place))} leads out of its root by a symbolic link. "
-                    "If the dataset may read the link's target, add the target's folder to media_roots.",
-                ) from error
-            return self._read_stored(target, follow=False)
-        except (StoreError, OSError, UnicodeError) as error:
-            raise self._sample_error(shown(str(place)), error) from error
+    def read_stored(self, store: Store, name: str) -> tuple[bytes, str]:
+        data, info = store.fetch(name, max_bytes=self.max_bytes)
         return data, info.identity
 
-    def _within_limit(self, data: bytes, ref: str) -> bytes:
-        if len(data) > self._max_bytes:
-            raise self._too_large(f"{shown(ref)}, embedded in the shard,")
+    def read_url(self, url: HttpUrl) -> bytes:
+        assert self._fetcher is not None
+        return self._fetcher.fetch(url)
+
+    def read_embedded(self, data: bytes) -> bytes:
         return data
 
-    def _too_large(self, what: str) -> SampleError:
-        return SampleError(
-            "media_too_large", f"{what} has more than the {self._max_bytes:,} bytes that are taken."
-        )
 
-    def _sample_error(self, what: str, error: Exception) -> SampleError:
-        if isinstance(error, ObjectTooLargeError):
-            return self._too_large(what)
-        if isinstance(error, (InvalidNameError, UnicodeError)):
-            return SampleError("media_refused", f"{what} cannot be the name of a file or an object.")
-        if isinstance(error, NotARegularFileError):
-            return SampleError("media_refused", f"{what} is a FIFO, a device or a socket, not a file.")
-        if isinstance(error, IsADirectoryError):
-            return SampleError("media_missing", f"{what} is a folder, not a file.")
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            return SampleError("media_missing", f"{what} does not exist.")
-        if isinstance(error, PermissionError):
-            return SampleError("media_unreadable", f"{what} may not be read: {error.strerror}.")
-        if isinstance(error, OSError):
-            return TransientError(f"{what} could not be read this time: {str(error)[:300]}")
-        return SampleError("media_unreadable", f"{what} can't be read: {str(error)[:300]}")
-
-
-def _is_http(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
+@contextlib.contextmanager
+def _blamed(source: SourceMedia) -> Iterator[None]:
+    """Say in errors which medium it was, and where it was found."""
+    try:
+        yield
+    except SampleError as error:
+        error.media, error.looked = _reported(source.ref), source.looked
+        raise
 
 
 def _reported(ref: object) -> str:

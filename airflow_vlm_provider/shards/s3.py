@@ -94,6 +94,10 @@ class S3Store:
     def open(self, name: str) -> BinaryIO:
         return self._buffered(self._reader(name))
 
+    def open_version(self, name: str) -> tuple[BinaryIO, ObjectInfo]:
+        reader = self._reader(name)
+        return self._buffered(reader), _object_info(name, *reader.entity)
+
     def open_seekable(self, name: str) -> BinaryIO:
         version = self._head(name)
         get_object = partial(self._s3().get_object, Bucket=self._bucket, Key=self._key(name))
@@ -103,14 +107,13 @@ class S3Store:
         return self.fetch(name, max_bytes=max_bytes)[0]
 
     def fetch(self, name: str, *, max_bytes: int) -> tuple[bytes, ObjectInfo]:
-        reader = self._reader(name)
-        with self._buffered(reader) as stream:
-            size = reader.entity.size
-            if size > max_bytes:
+        stream, info = self.open_version(name)
+        with stream:
+            if info.size > max_bytes:
                 raise ObjectTooLargeError(
-                    f"{self.uri + name} has {size} bytes; at most {max_bytes} are taken."
+                    f"{self.uri + name} has {info.size} bytes; at most {max_bytes} are taken."
                 )
-            return stream.read(size), _object_info(name, *reader.entity)
+            return stream.read(info.size), info
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:

@@ -122,6 +122,13 @@ class Store(Protocol):
         :raises ObjectChangedError: (when reading) the object was replaced or deleted in the meantime.
         """
 
+    def open_version(self, name: str) -> tuple[BinaryIO, ObjectInfo]:
+        """
+        Open an object as :meth:`open` does, and return the entry of the very version that is read.
+
+        A local file that somebody writes to in place is only noticed by a look at its status after reading.
+        """
+
     def open_seekable(self, name: str) -> BinaryIO:
         """
         Open an object for reading here and there, unbuffered; the caller closes it.

@@ -208,13 +208,6 @@ def test_large_images_are_shrunk(data: Path) -> None:
     assert decode(load(data, "large.jpg", max_pixels=5000)).size == (100, 50)
 
 
-def test_videos_are_not_loaded(data: Path) -> None:
-    with pytest.raises(SampleError) as caught:
-        load_media(loader(data), MediaRef("video", "a.mp4"))
-    assert caught.value.kind == "media_unsupported"
-    assert caught.value.media == "a.mp4"
-
-
 @pytest.mark.parametrize("ref", [None, 7, ["a.jpg"], {"path": "a.jpg"}])
 def test_a_reference_that_is_no_string_is_refused(data: Path, ref: object) -> None:
     with pytest.raises(SampleError) as caught:
