@@ -120,3 +120,35 @@ def test_what_is_a_defect_is_no_samples_error():
 
     with pytest.raises(KeyError):
         run([broken()], echo, ALWAYS)
+
+
+def test_runs_may_be_made_of_runs_whose_errors_stay_apart():
+    def made_of_runs():
+        told = yield from together([rounds("a", 1), rounds("b", 1, 1)], may_fail=ALWAYS)
+        return ["failed" if isinstance(each, SampleError) else each for each in told]
+
+    asked, told = run(
+        [made_of_runs(), rounds("c", 1, 1)], lambda r: fails() if r.parts[0] == "a00" else echo(r)
+    )
+    assert asked == [["a00", "b00", "c00"], ["b10", "c10"]]
+    assert told == [["failed", ["b00", "b10"]], ["c00", "c10"]]
+
+
+def test_requests_that_differ_in_anything_are_asked_each():
+    requests = [
+        Request(None, ("x",)),
+        Request("s", ("x",)),
+        Request(None, ("x",), n=2),
+        Request(None, ("x",), sampling={"seed": 1}),
+        Request(None, ("x",)),
+    ]
+
+    def asks(request):
+        (got,) = yield [request]
+        return got.choices[0].text
+
+    driven = together([asks(each) for each in requests], may_fail=NEVER)
+    assert driven.send(None) == tuple(requests[:4])
+    with pytest.raises(StopIteration) as end:
+        driven.send([answer(str(number)) for number in range(4)])
+    assert end.value.value == ["0", "1", "2", "3", "0"]
