@@ -120,8 +120,7 @@ _CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def get_provider_info() -> dict[str, Any]:
-    """Describe the provider to Airflow: its connection type with the form, hooks, operators, decorators, commands,
-    settings."""
+    """Describe the provider to Airflow: the connection type with its form, and where everything else is."""
     return {
         "package-name": "airflow-provider-vlm",
         "name": "Vision-language models",

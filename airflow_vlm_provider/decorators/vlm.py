@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from airflow.sdk.bases.decorator import DecoratedOperator, task_decorator_factory
@@ -17,6 +17,7 @@ from airflow_vlm_provider.steps.functions import check_function
 from airflow_vlm_provider.steps.vlm_map import VLMMapStep
 
 if TYPE_CHECKING:
+    import jinja2
     from airflow.sdk import Context
     from airflow.sdk.bases.decorator import TaskDecorator
 
@@ -77,10 +78,17 @@ class VLMDecoratedOperator(DecoratedOperator, VLMMapOperator):
         """
         return VLMMapStep(**step_parameters(self), arguments=self._arguments())
 
-    def execute(self, context: Context) -> Any:
-        """Take the shards through the step; see :meth:`ShardOperator.execute`."""
+    def _do_render_template_fields(
+        self,
+        parent: Any,
+        template_fields: Iterable[str],
+        context: Context,
+        jinja_env: jinja2.Environment,
+        seen_oids: set[int],
+    ) -> None:
+        # Not in execute(): a plan, too, has to know what the function will be called with.
         self._context = context
-        return super().execute(context)
+        super()._do_render_template_fields(parent, template_fields, context, jinja_env, seen_oids)
 
     def _arguments(self) -> dict[str, Any]:
         """What the function is called with besides the sample; None for what is not known before the task runs."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from airflow.sdk import BaseOperator, TaskGroup
+from airflow.sdk.bases.decorator import DecoratedMappedOperator
 from airflow.sdk.definitions.mappedoperator import MappedOperator
 from airflow.sdk.definitions.param import process_params
 from airflow.sdk.definitions.xcom_arg import PlainXComArg
@@ -48,10 +49,12 @@ def shard_dependants(plan: BaseOperator, context: Context) -> Iterator[ShardOper
 def _unmapped(mapped: MappedOperator, plan: BaseOperator) -> BaseOperator:
     """The operator that a mapped one's tasks are, as Airflow itself makes it for each of them."""
     _check_is_for_shards(mapped.task_id, mapped.operator_class)
-    if _mapped_names(mapped.expand_input, plan) != {"shards"}:
+    if _mapped_names(mapped._get_specified_expand_input(), plan) != {"shards"}:
         raise UntoldError(f"{mapped.task_id!r} maps over more than the plan's groups as they are")
+    # Of a decorated function it is the arguments of the call that are mapped.
+    decorated = isinstance(mapped, DecoratedMappedOperator)
     try:
-        return mapped.unmap({"shards": None})
+        return mapped.unmap({"op_kwargs": {"shards": None}} if decorated else {"shards": None})
     except Exception as error:
         raise UntoldError(f"{mapped.task_id!r} can't be made: {error}") from error
 
