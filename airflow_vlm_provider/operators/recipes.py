@@ -165,10 +165,14 @@ def make_operators(
         reuse_from=reuse_from,
         output=output,
     ):
+        more = given(step)
+        own = {
+            name: value
+            for name, value in step.parameters.items()
+            if step.supported.yielding.get(name) not in more
+        }
         try:
-            operators.append(
-                operator_class(step)(task_id=step.name, **{**step.parameters, **given(step), **parameters})
-            )
+            operators.append(operator_class(step)(task_id=step.name, **{**own, **more, **parameters}))
         except ConfigError as error:
             problems.append(Problem(step.place, str(error)))
     return operators

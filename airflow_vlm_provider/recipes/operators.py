@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Supported:
     :param parameters: Parameters that mean the same in both, by the name that they have in both.
     :param own: What the operator of this package can besides.
     :param secrets: Parameters that belong in a connection.
+    :param yielding: Parameters that say in Data-Juicer's way what an argument of all operators says, too: that
+        argument's name. Who gives the one does not want the other.
     """
 
     module: str
@@ -24,6 +26,7 @@ class Supported:
     parameters: tuple[str, ...]
     own: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    yielding: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -33,6 +36,7 @@ class Supported:
 
 _CANDIDATES = ("caption_num", "keep_candidate_mode", "keep_original_sample")
 _PROMPTS = ("prompt", "prompt_key")
+_TRIES = ("try_num", "missing_placeholders")
 
 SUPPORTED: Mapping[str, Supported] = {
     "image_tagging_vlm_mapper": Supported(
@@ -51,13 +55,15 @@ SUPPORTED: Mapping[str, Supported] = {
             "sampling_params",
             "try_num",
         ),
+        yielding={"is_api_model": "engine"},
     ),
     "image_captioning_mapper": Supported(
         module="airflow_vlm_provider.operators.image_captioning",
         operator="ImageCaptioningOperator",
         step="image_captioning",
         parameters=("hf_img2seq", "trust_remote_code", *_CANDIDATES, *_PROMPTS, "gpu_batch_size"),
-        own=("max_new_tokens", "sampling_params", "seed"),
+        own=("system_prompt", "sampling_params", "max_new_tokens", "seed", *_TRIES),
+        yielding={"hf_img2seq": "api_or_hf_model"},
     ),
     "image_captioning_from_gpt4v_mapper": Supported(
         module="airflow_vlm_provider.operators.image_captioning_gpt4v",
@@ -73,8 +79,9 @@ SUPPORTED: Mapping[str, Supported] = {
             "keep_original_sample",
             "any_or_all",
         ),
-        own=("model", "detail"),
+        own=("model", "detail", "missing_placeholders"),
         secrets=("api_key",),
+        yielding={"model": "api_or_hf_model"},
     ),
     "video_captioning_from_vlm_mapper": Supported(
         module="airflow_vlm_provider.operators.video_captioning",
@@ -89,7 +96,17 @@ SUPPORTED: Mapping[str, Supported] = {
             "model_params",
             "sampling_params",
         ),
-        own=("fps", "max_frames", "max_pixels", "window_seconds", "transport"),
+        own=(
+            "fps",
+            "max_frames",
+            "max_pixels",
+            "window_seconds",
+            "transport",
+            "windows_field_name",
+            "seed",
+            *_TRIES,
+        ),
+        yielding={"hf_model": "api_or_hf_model", "enable_vllm": "engine"},
     ),
 }
 """What can be run, by Data-Juicer's names."""
