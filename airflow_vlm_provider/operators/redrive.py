@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow.sdk.exceptions import AirflowFailException
 
 from airflow_vlm_provider.errors import ConfigError, ShardError
 from airflow_vlm_provider.operators.base import ShardOperator
+from airflow_vlm_provider.operators.engines import EngineOptions
 from airflow_vlm_provider.operators.parameters import ParameterError, is_known
 from airflow_vlm_provider.operators.plans import resolve_shards, shards_label
 from airflow_vlm_provider.operators.runners import storage_of
+from airflow_vlm_provider.steps.base import Step
+from airflow_vlm_provider.steps.image_captioning import ImageCaptioningStep
+from airflow_vlm_provider.steps.image_captioning_gpt4v import ImageCaptioningFromGPT4VStep
 from airflow_vlm_provider.steps.tagging import TaggingStep
+from airflow_vlm_provider.steps.video_captioning import VideoCaptioningStep
+from airflow_vlm_provider.steps.vlm_map import VLMMapStep
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -24,10 +30,24 @@ if TYPE_CHECKING:
     from airflow_vlm_provider.ledger.manifest import Manifest
     from airflow_vlm_provider.operators.runners import Prepared
     from airflow_vlm_provider.runner import ShardRunner
-    from airflow_vlm_provider.steps.base import Step
 
-STEPS = {step.name: step for step in (TaggingStep,)}
-"""The steps that can be made again from what a manifest says of them."""
+
+class RemadeStep(Step, Protocol):
+    """A step that can be made again."""
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Any]) -> Step:
+        """The step whose parameters these are."""
+
+
+STEPS: Mapping[str, type[RemadeStep]] = {
+    "image_tagging": TaggingStep,
+    "image_captioning": ImageCaptioningStep,
+    "image_captioning_gpt4v": ImageCaptioningFromGPT4VStep,
+    "video_captioning": VideoCaptioningStep,
+    "vlm_map": VLMMapStep,
+}
+"""The steps that can be made again from what a manifest says of them, by their names in the ledger."""
 
 
 class RedriveOperator(ShardOperator):
@@ -43,7 +63,7 @@ class RedriveOperator(ShardOperator):
     ``redriven`` (dead letters that were tried again), ``recovered`` (that are none any more) and ``still_failed``.
 
     :param destination: Where outputs and the ledger are (templated).
-    :param step: Only dead letters of the step of this name (``image_tagging``); None takes all steps' (templated).
+    :param step: Only dead letters of the step of this name (``image_tagging``, ``video_captioning``, ...); None takes all steps' (templated).
     :param shards: Only those of these shards, by their names: one or a list; None takes all (templated).
     :param kinds: Only dead letters of these kinds (``unparsable``, ``transient``, ...); None takes all (templated).
     :param vlm_conn_id: Connection of type ``vlm``, which serves the model that the manifests name (templated).
@@ -109,6 +129,7 @@ class RedriveOperator(ShardOperator):
         self._check()
         self._groups: list[FailedGroup] = []
         self._group: FailedGroup | None = None
+        self._options = EngineOptions()
         self._redriven = self._recovered = 0
 
     @classmethod
@@ -217,9 +238,14 @@ class RedriveOperator(ShardOperator):
         # Only requests over HTTP can be told from what is recorded; a model in process takes what can't be written.
         if "response_path" in engine:
             own.response_path = engine["response_path"]
+            own._options = EngineOptions(detail=engine["detail"])
             if self.model_params is None:
                 own.model_params = engine["model_params"]
         return super(RedriveOperator, own).prepare(context)
+
+    def engine_options(self) -> EngineOptions:
+        """What the operator wanted that made the group which is done now."""
+        return self._options
 
     def make_step(self) -> Step:
         """The step of the group that is done now.
@@ -242,7 +268,8 @@ class RedriveOperator(ShardOperator):
                 "the operator that made it, with failed_only=True."
             )
         try:
-            return self._step_class(group.step).from_parameters(group.parameters["step"])
+            own = {name: value for name, value in group.parameters["step"].items() if name != "name"}
+            return self._step_class(group.step).from_parameters(own)
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"The step {group.step!r} can't be made again from what {next(iter(group.shards))} was committed with "
@@ -250,7 +277,7 @@ class RedriveOperator(ShardOperator):
             ) from error
 
     @staticmethod
-    def _step_class(name: str) -> type[TaggingStep]:
+    def _step_class(name: str) -> type[RemadeStep]:
         if name not in STEPS:
             raise ParameterError(
                 f"The step {name!r} can't be made again from its manifests; those that can are "

@@ -15,8 +15,12 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from airflow_vlm_provider.errors import SampleError
 from airflow_vlm_provider.ledger.failed_shards import failed_groups
 from airflow_vlm_provider.operators import runners
+from airflow_vlm_provider.operators.base import ShardOperator
+from airflow_vlm_provider.operators.image_captioning import ImageCaptioningOperator
+from airflow_vlm_provider.operators.image_captioning_gpt4v import ImageCaptioningFromGPT4VOperator
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 from airflow_vlm_provider.operators.redrive import RedriveOperator
+from airflow_vlm_provider.operators.vlm_map import VLMMapOperator
 from airflow_vlm_provider.shards.opening import open_store
 from demo.drawings import draw
 from tests.support.fakes import ScriptedEngine
@@ -275,3 +279,41 @@ def test_it_can_be_mapped(place):
     with DAG("d"):
         mapped = RedriveOperator.partial(task_id="redrive", kinds=["refused"]).expand(destination=["a", "b"])
     assert mapped.unmap({"destination": "a"}).destination == "a"
+
+
+# --- every step ------------------------------------------------------------------------------------------------
+
+EVERY_STEP: dict[str, tuple[type[ShardOperator], dict[str, Any]]] = {
+    "image_captioning": (
+        ImageCaptioningOperator,
+        {
+            "prompt": "What is it?",
+            "sampling_params": {"top_p": 0.5},
+            "seed": 3,
+            "eoc_special_token": "<|end|>",
+        },
+    ),
+    "image_captioning_gpt4v": (ImageCaptioningFromGPT4VOperator, {"mode": "reasoning", "detail": "low"}),
+    "vlm_map": (VLMMapOperator, {"prompt": "What is {id}?", "field": "said"}),
+}
+
+
+@pytest.mark.parametrize("step", sorted(EVERY_STEP))
+def test_every_step_is_made_again_from_its_manifests(place, step):
+    operator, given = EVERY_STEP[step]
+    place.failing("a1.png", "b2.png")
+    given = {
+        "source": str(place.root / "in"),
+        "destination": str(place.root / "out"),
+        "max_error_rate": 1,
+        **given,
+    }
+    assert operator(task_id="t", **given).execute(context())["failed"] == 2
+    place.engine = ScriptedEngine(lambda about: "a drawing")
+    summary = place.redrive(step=step)
+    assert sorted(place.asked()) == ["a1.png", "b2.png"]
+    assert (summary["redriven"], summary["recovered"], summary["failed"]) == (2, 2, 0)
+    assert place.made[-1]["options"].detail == given.get("detail")
+    # Nothing has changed for the operator itself.
+    again = operator(task_id="t", **given).execute(context())
+    assert (again["shards_unchanged"], again["requests"]) == (2, 0)
