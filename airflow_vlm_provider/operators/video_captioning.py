@@ -25,9 +25,10 @@ class VideoCaptioningFromVLMOperator(ShardOperator):
     """
     Caption the videos of every sample with a vision-language model.
 
-    For every sample with videos there is one more, whose text has a caption behind each video's placeholder. Samples
-    without videos are left as they are. Takes the parameters of Data-Juicer's
-    ``video_captioning_from_vlm_mapper``, and what :class:`ShardOperator` documents.
+    For every sample with videos there is one more, whose text has a caption behind each video's placeholder in place
+    of the words that were there. Samples without videos are left as they are. Of N samples with videos come 2N, or N
+    without the original ones; with ``keep_candidate_mode="all"`` and M candidates it is (1 + M)N or MN. Takes the
+    parameters of Data-Juicer's ``video_captioning_from_vlm_mapper``, and what :class:`ShardOperator` documents.
 
     :param hf_model: Model to ask; another name for ``api_or_hf_model``. None takes the connection's, or else
         Qwen/Qwen3-VL-8B-Instruct (templated).
@@ -160,5 +161,7 @@ def _model_and_engine(given: Mapping[str, Any]) -> dict[str, Any]:
     if enable_vllm:
         if engine not in (None, "vllm"):
             raise ParameterError(f"enable_vllm=True contradicts engine={engine!r}. Leave one of them out.")
+        if given.get("is_api_model"):
+            raise ParameterError("enable_vllm=True contradicts is_api_model=True. Leave one of them out.")
         meant["engine"] = "vllm"
     return meant
