@@ -299,7 +299,13 @@ EVERY_STEP: dict[str, tuple[type[ShardOperator], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("step", sorted(EVERY_STEP))
-def test_every_step_is_made_again_from_its_manifests(place, step):
+def test_every_step_is_made_again_from_its_manifests(place, step, monkeypatch):
+    def parameters(engine: ScriptedEngine) -> dict[str, Any]:
+        detail = place.made[-1]["options"].detail
+        return {"model": engine.model, "response_path": "x", "model_params": {}, "detail": detail}
+
+    # As an endpoint's engine has them.
+    monkeypatch.setattr(ScriptedEngine, "parameters", parameters)
     operator, given = EVERY_STEP[step]
     place.failing("a1.png", "b2.png")
     given = {
