@@ -13,19 +13,14 @@ import pytest
 
 from airflow_vlm_provider.engines.openai import OpenAIEngine
 from airflow_vlm_provider.errors import ConfigError, NoVideoError, SampleError, TransientError
-from airflow_vlm_provider.steps.base import StepRun
 from airflow_vlm_provider.types import (
     Answer,
     Choice,
     FrameSampling,
     Media,
-    MediaRef,
     Part,
     Request,
-    Result,
-    Sample,
     SourceMedia,
-    Transport,
 )
 from tests.support.fakes import FakeMedia
 from tests.support.openai_engines import (
@@ -40,6 +35,7 @@ from tests.support.openai_engines import (
 )
 from tests.support.place import Place
 from tests.support.stub_endpoint import StubServer, start_stub, tag_of
+from tests.support.video_step import VideoStep
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
@@ -171,29 +167,6 @@ class Videos(FakeMedia):
             return (Media("video", "video/mp4", source.data, source.ref),)
         images = [Media("image", "image/jpeg", b"%d of " % at + source.data, source.ref) for at in range(2)]
         return ("Two frames of a video:", *images)
-
-
-class VideoStep:
-    """Asks for one caption of a row's video."""
-
-    name = "caption"
-    asking = frozenset({"transport"})
-
-    def __init__(self, transport: Transport) -> None:
-        self.transport: Transport = transport
-
-    def parameters(self) -> dict[str, Any]:
-        return {"transport": self.transport}
-
-    def generated(self) -> dict[str, Any]:
-        return {"caption": {"type": "string"}}
-
-    def process(self, sample: Sample) -> StepRun:
-        row = sample.row
-        assert row is not None
-        ref = MediaRef("video", row["video"], FrameSampling(1.0, 2, transport=self.transport))
-        (answer,) = yield [Request(None, (ref, "Describe this video."))]
-        return Result(rows=({**row, "caption": answer.choices[0].text},))
 
 
 @pytest.fixture

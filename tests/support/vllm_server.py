@@ -1,4 +1,4 @@
-"""A real vLLM server on this machine's CPU, with a model from a folder."""
+"""Real vLLM servers on this machine's CPU, with models from folders."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 START_TIMEOUT = 900.0
+# Tokens that the cache of prompts keeps and shares as a whole; vLLM's own for CPUs is longer than most test prompts.
+BLOCK_SIZE = 32
 
 
 def require_vllm() -> None:
@@ -32,12 +36,24 @@ def require_vllm() -> None:
 
 @contextlib.contextmanager
 def start_vllm(
-    model: Path, log: Path, *, served_as: str = "demo", api_key: str | None = None
+    model: Path,
+    log: Path,
+    *,
+    served_as: str = "demo",
+    api_key: str | None = None,
+    max_model_len: int = 1024,
+    images: int = 4,
+    videos: int = 2,
 ) -> Iterator[str]:
     """Serve a model until the block ends; yields the base URL.
 
+    Nearly all of the time that a start takes goes into importing vLLM three times over, in three processes.
+
     :param model: Folder of the model.
     :param log: Takes what the server prints.
+    :param max_model_len: Tokens of a prompt and its answer together.
+    :param images: Most images in a prompt.
+    :param videos: Most videos in a prompt; with 0 the model is one that takes none.
     :raises RuntimeError: it did not come up; the message holds the end of its log.
     """
     with socket.socket() as probe:
@@ -47,8 +63,9 @@ def start_vllm(
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", served_as),
         *("--host", "127.0.0.1", "--port", str(port)),
-        *("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"),
-        *("--limit-mm-per-prompt", json.dumps({"image": 4, "video": 0})),
+        *("--enforce-eager", "--max-model-len", str(max_model_len), "--max-num-seqs", "16"),
+        *("--limit-mm-per-prompt", json.dumps({"image": images, "video": videos})),
+        *("--block-size", str(BLOCK_SIZE)),
         *(("--api-key", api_key) if api_key else ()),
     ]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -77,3 +94,22 @@ def start_vllm(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextlib.contextmanager
+def start_together(*servers: AbstractContextManager[str]) -> Iterator[list[str]]:
+    """Enter several servers at once, which takes not much longer than one; yields their base URLs in order."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(servers)) as threads:
+        yield list(threads.map(stack.enter_context, servers))
+
+
+def count(base_url: str, metric: str, **labels: str) -> float:
+    """What the server itself has counted: the sum of a metric over all its labels but those that are given."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    url = base_url.removesuffix("/v1") + "/metrics"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    samples = [sample for family in families for sample in family.samples if sample.name == metric]
+    assert samples, f"{url} has no {metric}"
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())

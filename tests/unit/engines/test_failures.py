@@ -261,6 +261,8 @@ def test_a_model_without_videos_may_say_so_in_a_200(diagnosis):
         (400, "This model does not support video longer than 60 seconds.", "rejected"),
         (400, "We don't support video codec 'av1'.", "rejected"),
         (400, "Invalid value for 'messages[0].content[0].video_url.url': no base64.", "rejected"),
+        (400, "Invalid value: video_url.url is no data URL, in messages[0].content[0].", "rejected"),
+        (400, "We don't support video_url.fps in messages[0].content[0].", "rejected"),
         (400, "Video content is not allowed by the safety policy.", "refused"),
         (400, "At most 1 video(s) may be provided in one prompt.", "rejected"),
         (413, "Request Entity Too Large", "rejected"),
