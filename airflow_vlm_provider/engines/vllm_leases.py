@@ -104,16 +104,14 @@ class Lease:
         return None
 
     def is_current(self, attached: Attached) -> bool:
-        """Whether the server is still the one that was attached to, as far as its keeper has written."""
+        """Whether the server is still the one that was attached to, and runs. Blocks for a moment."""
         state = self.server.read_state()
-        return (
-            state is not None
-            and (state.keeper, state.url, state.api_key) == (attached.keeper, attached.url, attached.api_key)
-            and state.phase in ("ready", "draining", "restarting")
-        )
+        if state is None or (state.keeper, state.loads) != (attached.keeper, attached.loads):
+            return False
+        return state.phase in ("ready", "draining") and not self._has_ended()
 
-    def has_ended(self) -> bool:
-        """Whether the server has no keeper any more."""
+    def _has_ended(self) -> bool:
+        """Whether the server has no keeper any more, whatever that has written."""
         with self.server.gate():
             return not self.server.has_keeper()
 
@@ -163,7 +161,7 @@ class Lease:
             if time.monotonic() - looked > 1:
                 looked = time.monotonic()
                 # Once more after that: what it wrote last may say why.
-                ended = self.has_ended()
+                ended = self._has_ended()
         return None
 
     def _tell(self, what: str) -> None:

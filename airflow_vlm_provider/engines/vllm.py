@@ -1,0 +1,231 @@
+"""The engine that asks a vLLM server of the worker's own, which outlives the task and serves all tasks there.
+
+The first task that needs a model has its server started, see :mod:`airflow_vlm_provider.engines.vllm_leases`. It is
+asked over HTTP like any other endpoint. What is special is that this engine knows what becomes of the server: when it
+died or was replaced, the requests that were in flight are asked again once it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from airflow_vlm_provider.engines.openai import OpenAIEngine
+from airflow_vlm_provider.engines.vllm_folder import EngineFolder
+from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
+from airflow_vlm_provider.engines.vllm_leases import Attached, Lease
+from airflow_vlm_provider.engines.vllm_spec import DEFAULT_COMMAND, ServerSpec, influence, pick_gpus
+from airflow_vlm_provider.errors import EngineError, TransientError, VLMError
+from airflow_vlm_provider.types import Answer, Request
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WATCH_SECONDS = 0.5
+# A request that is in flight whenever the server dies may be what kills it.
+MAX_LOSSES = 3
+# Whether the server is gone is for its keeper to tell, long before this.
+_OUTAGE_SECONDS = 3600.0
+
+
+@dataclass
+class _Server:
+    """The server as this task knows it, until it is lost."""
+
+    attached: Attached
+    engine: OpenAIEngine
+    asking: set[asyncio.Future[Answer]] = field(default_factory=set)
+
+
+class VLLMEngine:
+    """Asks a model on a vLLM server of this worker, started if need be.
+
+    :param model: Name on the Hugging Face hub, or a folder.
+    :param folder: The worker's engine folder, where its servers are found.
+    :param revision: Branch, tag or commit on the hub.
+    :param engine_args: vLLM's own arguments, by its names.
+    :param gpus: GPUs for the server, such as ``"0,1"``; None takes the worker's first, as many as it needs.
+    :param command: What starts vLLM's OpenAI-compatible server.
+    :param settings: How its keeper is to be, where this task starts it.
+    :param holder: Who asks, for people who look at the servers of a worker: DAG, run, task.
+    :param concurrency: Requests in flight at most.
+    :param timeout: Seconds per request.
+    :param detail: ``detail`` of every image; None leaves it to the server.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        folder: str | Path,
+        revision: str | None = None,
+        engine_args: Mapping[str, Any] | None = None,
+        gpus: str | None = None,
+        command: tuple[str, ...] = DEFAULT_COMMAND,
+        settings: KeeperSettings | None = None,
+        holder: Mapping[str, Any] | None = None,
+        concurrency: int = 64,
+        timeout: float = 300.0,
+        detail: str | None = None,
+    ) -> None:
+        self.model = model
+        self.concurrency = concurrency
+        self.takes_video = True
+        self._folder = folder
+        self._revision = revision
+        self._args = dict(engine_args or {})
+        self._gpus = gpus
+        self._command = command
+        self._settings = settings or KeeperSettings()
+        self._holder = dict(holder or {})
+        self._timeout = timeout
+        self._detail = detail
+        # What is wrong with it is to be said before anything runs; on which GPUs it will be is for the worker to say.
+        ServerSpec(model=model, gpus=(), args=self._args)
+        self._lease: Lease | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._stopped = threading.Event()
+        self._server: asyncio.Future[_Server] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    def parameters(self) -> Mapping[str, Any]:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return {
+            "engine": "vllm",
+            "model": self.model,
+            "revision": self._revision,
+            "engine_args": influence(self._args),
+            "detail": self._detail,
+        }
+
+    async def __aenter__(self) -> VLLMEngine:
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="vlm-lease")
+        self._stopped.clear()
+        try:
+            self._lease = await self._in_thread(self._make_lease)
+            self._server = asyncio.get_running_loop().create_future()
+            self._server.set_result(await self._attach())
+        except BaseException:
+            await self._leave()
+            raise
+        self._watcher = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        watcher, self._watcher = self._watcher, None
+        if watcher is not None:
+            self._stopped.set()
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+        await self._leave()
+
+    async def ask(self, request: Request) -> Answer:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        for _ in range(MAX_LOSSES):
+            if self._server is None:
+                raise EngineError("The engine is not open: use it as an asynchronous context manager.")
+            # Not awaited itself: cancelled here, it would be for all.
+            await asyncio.wait((self._server,))
+            server = self._server.result()
+            asking = asyncio.ensure_future(server.engine.ask(request))
+            server.asking.add(asking)
+            try:
+                await asyncio.wait((asking,))
+            finally:
+                asking.cancel()
+                server.asking.discard(asking)
+                self.takes_video = self.takes_video and server.engine.takes_video
+            if not asking.cancelled():
+                return asking.result()
+        raise TransientError(
+            f"The vLLM server of {self.model} was lost {MAX_LOSSES} times while it worked on this request.",
+            attempts=MAX_LOSSES,
+        )
+
+    def _make_lease(self) -> Lease:
+        spec = ServerSpec(
+            model=self.model,
+            revision=self._revision,
+            args=self._args,
+            gpus=pick_gpus(self._gpus, self._args),
+            command=self._command,
+        )
+        folder = EngineFolder(self._folder)
+        return Lease(folder, spec, settings=self._settings, holder=self._holder, say=log.info)
+
+    async def _attach(self) -> _Server:
+        """Wait for the server, and make ready to ask it.
+
+        :raises ConfigError, EngineError: it can't be had.
+        """
+        lease = self._lease
+        assert lease is not None
+        attached = await self._in_thread(lambda: lease.attach(stopped=self._stopped.is_set))
+        if attached is None:
+            raise asyncio.CancelledError
+        engine = OpenAIEngine(
+            base_url=f"{attached.url}/v1",
+            api_key=attached.api_key,
+            name=f"vLLM on this worker ({lease.server.key})",
+            model=self.model,
+            concurrency=self.concurrency,
+            timeout=self._timeout,
+            detail=self._detail,
+            outage_timeout=_OUTAGE_SECONDS,
+        )
+        return _Server(attached, await engine.__aenter__())
+
+    async def _watch(self) -> None:
+        """See to it that what is asked is the server that runs."""
+        lease = self._lease
+        assert lease is not None
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            assert self._server is not None
+            server = self._server.result()
+            if await self._in_thread(lambda: lease.is_current(server.attached)):  # noqa: B023 - called at once
+                continue
+            log.warning("The vLLM server was lost; %d requests are asked again", len(server.asking))
+            self._server = asyncio.get_running_loop().create_future()
+            await self._drop(server)
+            try:
+                self._server.set_result(await self._attach())
+            except VLMError as error:
+                self._server.set_exception(error)
+                return
+
+    async def _drop(self, server: _Server) -> None:
+        for asking in list(server.asking):
+            asking.cancel()
+        await server.engine.__aexit__(None, None, None)
+
+    async def _leave(self) -> None:
+        """Close and give back what there is."""
+        self._stopped.set()
+        future, self._server = self._server, None
+        if future is not None:
+            if not future.done():
+                future.set_exception(EngineError("The engine is closed."))
+            if future.exception() is None:
+                await self._drop(future.result())
+        lease, self._lease = self._lease, None
+        threads, self._threads = self._threads, None
+        if threads is not None:
+            if lease is not None:
+                threads.submit(lease.release)
+            threads.shutdown(wait=False)
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
