@@ -1,23 +1,17 @@
-"""Opening a video and telling what it is like, without decoding more of it than its first picture.
+"""Opening a video: what is read as one, and how its errors are told apart.
 
 Invariants:
 
 - A file makes the decoder open nothing else, no file and no URL: playlists, concat scripts, session descriptions and
   the like are no videos here, whatever they are called. Only :data:`CONTAINERS` are read, by content.
-- Times are seconds from the video's first picture on, wherever the file's own clock begins.
 - What is larger than :data:`~airflow_vlm_provider.shards.images.MAX_DECODED_PIXELS` is refused by its header.
 - libav's own log stays off, as PyAV leaves it.
-
-How long a video lasts: MP4 and GIF say so for each picture. Others say it for the file as a whole, or not at all, as
-streams do not, so the last packets are looked at: sound that goes on after the last picture does not count. Where a
-file ends well before its header says so, the header is believed, and what is asked of the missing end is an error.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -35,39 +29,9 @@ if TYPE_CHECKING:
 # all others that lead elsewhere, and raw streams, which have no times.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,apng"
 _CONTAINERS_SHOWN = "MP4, MOV, MKV, WebM, AVI, MPEG-TS, MPEG, FLV, Ogg, WMV, GIF"
-# Their tables have every picture's time and duration.
-_EXACT = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "gif"})
 # Bytes that libav asks for at once.
 _BUFFER_BYTES = 128 * 1024
 _FEW_BYTES = 64
-# Rates beyond this are mostly a clock's resolution, not a number of pictures.
-_MOST_FPS = 500.0
-_GUESSED_FPS = 25.0
-# How much of a video's end may be missing: headers are rounded, and sound is padded.
-_LEAST_SLACK_FRAMES = 2
-_SLACK_SHARE = 0.05
-_MOST_SLACK_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class VideoFacts:
-    """What a video's file tells about it.
-
-    :param start: Time of the first picture by the file's own clock, in seconds.
-    :param duration: Seconds from there to the end of the last.
-    :param fps: Pictures per second, on average.
-    :param frames: How many pictures there are; 0 when the file does not say.
-    """
-
-    start: float
-    duration: float
-    fps: float
-    frames: int
-
-    @property
-    def slack(self) -> float:
-        """How many seconds may be missing at the end without anybody minding."""
-        return max(_LEAST_SLACK_FRAMES / self.fps, min(_SLACK_SHARE * self.duration, _MOST_SLACK_S))
 
 
 def import_av() -> Any:
@@ -116,96 +80,6 @@ def open_video(file: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
 def seconds(time: int | None, base: Fraction | None) -> float | None:
     """Return a time of a stream in seconds; None when it has none."""
     return None if time is None or base is None else float(time * base)
-
-
-def video_facts(file: VideoFile) -> VideoFacts:
-    """
-    Tell what a video is like. Found out once for a file, however many windows of it are looked at.
-
-    :raises SampleError: as :func:`open_video`; also ``media_corrupt`` when there are no pictures.
-    """
-    with file.lock:
-        if file.facts is None:
-            with open_video(file) as (container, stream):
-                file.facts = _facts(container, stream)
-        facts: VideoFacts = file.facts
-    return facts
-
-
-def _facts(container: InputContainer, stream: VideoStream) -> VideoFacts:
-    start = seconds(stream.start_time, stream.time_base)
-    declared = seconds(stream.duration, stream.time_base)
-    if declared is None and container.duration is not None:
-        declared = container.duration / 1_000_000
-    exact = container.format.name in _EXACT
-    fps = _fps(stream, declared, exact)
-    ends: _Ends | None = None
-    if start is None or declared is None or declared <= 0 or not exact:
-        ends = _last_ends(container, stream, 1 / fps, declared)
-        if ends.video is None:
-            raise SampleError("media_corrupt", "The video has no pictures.")
-        start = ends.first if start is None else start
-        # A stream that began before anybody watched counts from when its pictures come.
-        own = ends.video - (start or 0.0)
-        whole = (ends.any or ends.video) - (start or 0.0)
-        slack = max(_LEAST_SLACK_FRAMES / fps, min(_SLACK_SHARE * (declared or 0.0), _MOST_SLACK_S))
-        duration = declared if declared is not None and whole < declared - slack else own
-    else:
-        duration = declared
-    duration = max(duration, 1 / fps if duration <= 0 else 0.0)
-    frames = stream.frames if exact and stream.frames > 0 else 0
-    return VideoFacts(start=start or 0.0, duration=duration, fps=fps, frames=frames)
-
-
-def _fps(stream: VideoStream, duration: float | None, exact: bool) -> float:
-    counted = stream.frames / duration if exact and stream.frames > 0 and duration else None
-    if counted:
-        return float(counted)
-    rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-    return next((float(rate) for rate in rates if rate is not None and 0 < rate <= _MOST_FPS), _GUESSED_FPS)
-
-
-@dataclass(slots=True)
-class _Ends:
-    """Where packets end, by the file's own clock, in seconds: the chosen stream's, and any stream's."""
-
-    first: float | None = None
-    video: float | None = None
-    any: float | None = None
-
-
-def _last_ends(
-    container: InputContainer, stream: VideoStream, frame_s: float, declared: float | None
-) -> _Ends:
-    """Find a video's end by its last packets; by all of them where nobody knows where the last ones are."""
-    if declared is not None and stream.time_base:
-        start = seconds(stream.start_time, stream.time_base) or 0.0
-        with contextlib.suppress(OSError, ValueError):
-            container.seek(int((start + declared) / stream.time_base), stream=stream)
-            ends = _ends(container, stream, frame_s)
-            if ends.video is not None:
-                return ends
-    with contextlib.suppress(OSError, ValueError):
-        container.seek(0)
-    return _ends(container, stream, frame_s)
-
-
-def _ends(container: InputContainer, stream: VideoStream, frame_s: float) -> _Ends:
-    av = import_av()
-    ends = _Ends()
-    # A file that is cut short ends in an error.
-    with contextlib.suppress(av.error.FFmpegError):
-        for packet in container.demux():
-            at = seconds(packet.pts if packet.pts is not None else packet.dts, packet.time_base)
-            if at is None:
-                continue
-            mine = packet.stream_index == stream.index
-            end = at + (seconds(packet.duration, packet.time_base) or (frame_s if mine else 0.0))
-            ends.any = end if ends.any is None else max(ends.any, end)
-            if mine:
-                ends.first = at if ends.first is None else min(ends.first, at)
-                ends.video = end if ends.video is None else max(ends.video, end)
-    return ends
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class VideoFile:
         self.size = size
         self.lock = threading.Lock()
         self.facts: Any = None
-        """What was found out about it: the same for everybody who asks, see :mod:`.video_container`."""
+        """What was found out about it: the same for everybody who asks, see :mod:`.video_facts`."""
 
     def fileno(self) -> int:
         return self._stream.fileno()

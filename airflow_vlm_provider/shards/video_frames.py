@@ -21,13 +21,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from airflow_vlm_provider.errors import SampleError
-from airflow_vlm_provider.shards.video_container import (
-    VideoFacts,
-    import_av,
-    open_video,
-    seconds,
-    video_facts,
-)
+from airflow_vlm_provider.shards.video_container import import_av, open_video, seconds
+from airflow_vlm_provider.shards.video_facts import VideoFacts, video_facts
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -50,8 +45,9 @@ _BIG_THREADS = min(4, _PROCESSORS)
 
 # Closer than this, decoding on is cheaper than seeking, which may take a dozen reads.
 _LEAST_SEEK_S = 1.0
-# How far before a time to seek when what was landed on begins after it: the index is wrong, or a keyframe is none.
-_EARLIER_S = (10.0, 120.0)
+# How far before a time to seek when what can be decoded from there on begins after it: not every container is sought
+# by keyframes, indexes are wrong, and keyframes are none.
+_EARLIER_S = (1.0, 3.0, 10.0, 100.0)
 # Times in some containers are whole milliseconds.
 _ROUNDING_S = 0.002
 # What was recorded in the middle of something begins with what nobody can decode.
@@ -108,7 +104,7 @@ class VideoFrames:
         self._libav_error = import_av().error.FFmpegError
         self._may_skip = stream.codec_context.name in _SKIPPABLE
         self._pixels_left = MAX_PASSED_PIXELS
-        self._gop = 0.0
+        self._gop = self._back = 0.0
         self._forget(from_start=True)
 
     def at(self, times: Sequence[float]) -> Iterator[VideoFrame]:
@@ -120,6 +116,7 @@ class VideoFrames:
         if times and times[0] > _LEAST_SEEK_S:
             self._seek(times[0])
         for time in times:
+            self._sought = False
             self._reach(time)
             if self._shown is not None and self._left_out > self._time(self._shown):
                 # What was left out is the one: the durations in this file are not to be relied on.
@@ -130,16 +127,18 @@ class VideoFrames:
 
     def _reach(self, time: float) -> None:
         """Decode up to a time, from where decoding is or from further back."""
-        self._sought = False
         self._advance(time)
         for back in _EARLIER_S:
             if self._shown is not None or self._from_start:
                 return
-            self._seek(time - back)
-            self._advance(time)
+            if back > self._back:
+                # Whatever the reason, it will be the same for the next time.
+                self._back, self._sought = back, True
+                self._seek(time)
+                self._advance(time)
         if self._shown is None and not self._from_start:
             self._seek(0.0)
-            self._from_start = True
+            self._from_start = self._sought = True
             self._advance(time)
 
     def _advance(self, time: float) -> None:
@@ -158,7 +157,7 @@ class VideoFrames:
                     return False
                 self._flushed = True
                 self._take(None)
-            elif not self._is_far_before(packet, time):
+            elif not self._is_far_before(packet, time) and (self._from_start or self._keyframe is not None):
                 self._decode(packet, time)
         self._next = self._pictures.popleft()
         return True
@@ -252,7 +251,8 @@ class VideoFrames:
         base = self.stream.time_base
         assert base is not None
         try:
-            self.container.seek(int((self.facts.start + max(time, 0.0)) / base), stream=self.stream)
+            place = self.facts.start + max(time - self._back, 0.0)
+            self.container.seek(int(place / base), stream=self.stream)
         except self._libav_error:
             return False
         self._forget(from_start=False)
@@ -279,11 +279,13 @@ class VideoFrames:
         return at - self.facts.start
 
     def _give_time(self, frame: VideoFrame) -> None:
-        """Have a frame without a time follow the one before it."""
+        """Have a frame without a time, as AVI's are, shown when it was to be decoded, or after the one before it."""
         base = self.stream.time_base
         assert base is not None
         if frame.time_base is None:
             frame.time_base = base
+        if frame.pts is None:
+            frame.pts = frame.dts
         if frame.pts is None:
             latest = self._latest + 1 / self.facts.fps if self._latest >= 0 else 0.0
             frame.pts = int((self.facts.start + latest) / frame.time_base)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_vlm_provider.errors import SampleError
 from airflow_vlm_provider.shards.video_clip import encode_clip
-from airflow_vlm_provider.shards.video_container import VideoFacts
+from airflow_vlm_provider.shards.video_facts import VideoFacts
 from airflow_vlm_provider.shards.video_frames import VideoFrames, open_frames
 from airflow_vlm_provider.shards.video_pictures import Pictures, is_upright, jpeg
 from airflow_vlm_provider.types import FrameSampling, Media, Part
