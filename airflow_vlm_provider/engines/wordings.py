@@ -32,7 +32,7 @@ BAD_PARAMETER = re.compile(
 
 _VIDEO = r"['\"`]?(?:input_)?videos?(?:_url|\(s\))?['\"`]?"
 # "Invalid value for 'messages[0].content[0].video_url.url'" is about one video.
-_ALONE = r"(?![.\[]\w)"
+_ALONE = r"(?![\w(]|[.\[]\w)"
 _NO_VIDEO = re.compile(
     "|".join(
         (
