@@ -49,13 +49,14 @@ class ShardOperator(BaseOperator):
     :param api_or_hf_model: Model to ask, by the endpoint's name for it or its Hugging Face one; None takes the
         connection's, or else the operator's default: Qwen/Qwen2.5-VL-7B-Instruct, if it names no other (templated).
     :param is_api_model: True asks the connection's endpoint whatever engine the connection names.
-    :param engine: ``openai``, ``transformers`` or ``vllm`` (refused for now: this version does not start vLLM by
-        itself, but ``openai`` asks a running one); None takes the connection's, or else ``openai``.
+    :param engine: ``openai`` (the connection's endpoint), ``vllm`` (a server on the worker, shared by all tasks there
+        and started by the first) or ``transformers`` (in the task's own process); None takes the connection's, or else
+        ``openai``.
     :param api_endpoint: Path below the base URL that requests go to, or a full URL (``openai`` engine only).
     :param response_path: Where the text stands in the endpoint's answer, as in ``choices.0.message.content``
         (``openai`` engine only).
-    :param model_params: With ``transformers``: arguments for loading the model; with ``openai``: further fields
-        of each request's body.
+    :param model_params: With ``vllm``: engine arguments by vLLM's own names; with ``transformers``: arguments for
+        loading the model; with ``openai``: further fields of each request's body.
     :param text_key: Field of the text.
     :param image_key: Field of the list of image references.
     :param video_key: Field of the list of video references.

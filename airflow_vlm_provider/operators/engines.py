@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import conf
 
 from airflow_vlm_provider.errors import ConfigError
 
 if TYPE_CHECKING:
     from airflow_vlm_provider.engines.base import Engine
+    from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
     from airflow_vlm_provider.hooks.vlm import VLMHook
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 DEFAULT_CONCURRENCY = 32
+# vLLM computes as many at once as fit; what waits there is ready when there is room.
+VLLM_CONCURRENCY = 128
 
 
 @dataclass(frozen=True)
@@ -41,9 +49,11 @@ def make_engine(
     response_path: str | None,
     model_params: Mapping[str, Any] | None,
     options: EngineOptions | None = None,
+    holder: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Make the engine that answers; what the operator leaves open, the connection decides.
 
+    :param holder: Who will ask, for people who look at a worker's servers: DAG, run, task.
     :raises ConfigError: the engine is not known or not to be had, or a parameter does not fit it.
     """
     options = options or EngineOptions()
@@ -93,11 +103,68 @@ def make_engine(
             **own,
         )
     if kind == "vllm":
-        raise ConfigError(
-            f"Engine 'vllm' (connection {hook.vlm_conn_id!r}) is not part of this version: it cannot start vLLM by "
-            "itself yet. Run 'vllm serve' on the GPU machine and use the engine 'openai' with that server as host."
+        from airflow_vlm_provider.engines.vllm import VLLMEngine
+        from airflow_vlm_provider.engines.vllm_spec import read_command
+
+        args = {**settings.engine_args, **_of_vllm(options.local), **(model_params or {})}
+        configured = engine_config()
+        return VLLMEngine(
+            model=model,
+            folder=configured.folder,
+            revision=args.pop("revision", None),
+            gpus=args.pop("gpus", None),
+            engine_args=args,
+            command=read_command(configured.command),
+            settings=configured.keeper,
+            holder=holder,
+            concurrency=concurrency or settings.max_concurrency or VLLM_CONCURRENCY,
+            timeout=settings.timeout,
+            detail=options.detail,
         )
     raise ConfigError(f"engine={kind!r} is not known; use 'openai', 'vllm' or 'transformers'.")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What ``[vlm]`` in Airflow's configuration says of a worker's vLLM servers.
+
+    :param folder: Where they are found.
+    :param command: What starts vLLM, as it would be typed; empty for the installed one.
+    """
+
+    folder: str
+    command: str
+    keeper: KeeperSettings
+
+
+def engine_config() -> EngineConfig:
+    """Read the configuration.
+
+    :raises ConfigError: a value is not above 0.
+    """
+    from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
+
+    default = KeeperSettings()
+    seconds = {
+        name: conf.getfloat("vlm", f"engine_{name}", fallback=getattr(default, name))
+        for name in ("idle_timeout", "start_timeout")
+    }
+    for name, value in seconds.items():
+        if not value > 0:
+            raise ConfigError(
+                f"Airflow's configuration, section [vlm]: engine_{name}={value} must be above 0."
+            )
+    return EngineConfig(
+        folder=conf.get("vlm", "engine_dir", fallback="")
+        or str(Path(tempfile.gettempdir()) / f"airflow-vlm-{os.geteuid()}"),
+        command=conf.get("vlm", "vllm_command", fallback=""),
+        keeper=KeeperSettings(**seconds),
+    )
+
+
+def _of_vllm(local: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an operator's arguments for local models is one of vLLM's, which makes its own batches."""
+    return {name: value for name, value in local.items() if name != "gpu_batch_size"}
 
 
 def _whole(name: str, value: Any) -> int:

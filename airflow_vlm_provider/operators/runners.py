@@ -81,6 +81,7 @@ def make_runner(
         response_path=operator.response_path,
         model_params=operator.model_params,
         options=operator.engine_options(),
+        holder=written_by,
     )
     media = MediaLoader(
         source_uri=source.uri,
