@@ -140,6 +140,9 @@ def get_provider_info() -> dict[str, Any]:
                 "python-modules": [
                     "airflow_vlm_provider.operators.shards",
                     "airflow_vlm_provider.operators.image_tagging",
+                    "airflow_vlm_provider.operators.image_captioning",
+                    "airflow_vlm_provider.operators.image_captioning_gpt4v",
+                    "airflow_vlm_provider.operators.video_captioning",
                     "airflow_vlm_provider.operators.vlm_map",
                     "airflow_vlm_provider.operators.redrive",
                     "airflow_vlm_provider.operators.export",

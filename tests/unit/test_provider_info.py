@@ -13,13 +13,16 @@ import airflow
 import jsonschema
 import pytest
 from airflow.providers_manager import ProvidersManager
-from airflow.sdk import BaseOperator
+from airflow.sdk import BaseOperator, task
 from airflow.sdk.providers_manager_runtime import ProvidersManagerTaskRuntime
 
+from airflow_vlm_provider import operators
+from airflow_vlm_provider.decorators.vlm import vlm_task
 from airflow_vlm_provider.get_provider_info import get_provider_info
 from airflow_vlm_provider.hooks.settings import DEFAULT_TIMEOUT, ENGINES, FIELDS, parse_settings
 from airflow_vlm_provider.hooks.vlm import VLMHook
 from airflow_vlm_provider.ledger.journal import FlushPolicy
+from airflow_vlm_provider.operators.base import ShardOperator
 from airflow_vlm_provider.operators.runners import flush_policy
 
 PACKAGE = "airflow-provider-vlm"
@@ -98,11 +101,13 @@ def test_airflow_finds_the_commands():
         command.name: command for each in ProvidersManager().cli_command_functions for command in each()
     }
 
-    (ledger,) = commands["vlm"].subcommands
-    assert {each.name for each in ledger.subcommands} == {"show", "prune"}
-    for each in ledger.subcommands:
-        module = importlib.import_module("airflow_vlm_provider.cli.ledger")
-        assert callable(getattr(module, each.func.__name__)), each.name
+    groups = {each.name: each.subcommands for each in commands["vlm"].subcommands}
+    names = {name: {each.name for each in subcommands} for name, subcommands in groups.items()}
+    assert names == {"ledger": {"show", "prune"}, "recipe": {"check"}}
+    for name, subcommands in groups.items():
+        module = importlib.import_module(f"airflow_vlm_provider.cli.{name}")
+        for each in subcommands:
+            assert callable(getattr(module, each.func.__name__)), each.name
 
 
 def test_the_journals_settings_have_the_defaults_of_the_journal():
@@ -118,3 +123,23 @@ def test_every_module_of_operators_can_be_imported_and_has_one():
     for name in group["python-modules"]:
         defined = [each for each in vars(importlib.import_module(name)).values() if isinstance(each, type)]
         assert any(issubclass(each, BaseOperator) and each.__module__ == name for each in defined), name
+
+
+def test_every_module_with_an_operator_is_named():
+    (group,) = get_provider_info()["operators"]
+    for path in sorted((Path(operators.__file__).parent).glob("*.py")):
+        name = f"{operators.__name__}.{path.stem}"
+        module = importlib.import_module(name)
+        public = [
+            each
+            for each in vars(module).values()
+            if isinstance(each, type) and issubclass(each, BaseOperator) and each.__module__ == name
+        ]
+        named = name in group["python-modules"]
+        # The base of the others is nobody's operator.
+        assert named == (bool(public) and public != [ShardOperator]), name
+
+
+def test_airflow_finds_the_decorator():
+    assert ProvidersManagerTaskRuntime().taskflow_decorators["vlm"] is vlm_task
+    assert task.vlm is vlm_task
