@@ -89,7 +89,12 @@ class Candidates:
                 sampling=asked_again(request.sampling, attempt),
                 note=self._note(text) if number > 1 else None,
             )
-            (answer,) = yield [asking]
+            try:
+                (answer,) = yield [asking]
+            except SampleError as error:
+                # An engine knows of no names, and a summary shows no media.
+                error.media = error.media or media
+                raise
             fault: SampleError | None = None
             for choice in answer.choices[:number] or (Choice("", "other"),):
                 try:
