@@ -21,6 +21,7 @@ from airflow_vlm_provider.ledger.records import answer_of, to_line
 from airflow_vlm_provider.types import Answer, Request, Usage
 
 if TYPE_CHECKING:
+    from airflow_vlm_provider.bottleneck import Bottleneck
     from airflow_vlm_provider.engines.base import Engine
     from airflow_vlm_provider.ledger.answers import Answers
     from airflow_vlm_provider.ledger.journal import ShardJournal
@@ -43,10 +44,12 @@ class Answering:
 
     :param engine: Who answers what is not known.
     :param answers: What is known.
+    :param bottleneck: Counts what is with the engine.
     """
 
-    def __init__(self, *, engine: Engine, answers: Answers) -> None:
+    def __init__(self, *, engine: Engine, answers: Answers, bottleneck: Bottleneck) -> None:
         self._engine = engine
+        self._bottleneck = bottleneck
         self._answers = answers
         # Settled with the journal's line, the sample's own error, or None when whoever asked was stopped.
         self._in_flight: dict[str, asyncio.Future[bytes | SampleError | None]] = {}
@@ -123,10 +126,13 @@ class Answering:
         rounds = self._anew.get(key, 0)
         request = _drawn_anew(await ready(), rounds)
         try:
-            return await self._engine.ask(request)
+            with self._bottleneck.asking():
+                return await self._engine.ask(request)
         except NoVideoError as error:
             refused = Usage(requests=error.attempts)
-        answer = await self._engine.ask(_drawn_anew(await ready(), rounds))
+        request = _drawn_anew(await ready(), rounds)
+        with self._bottleneck.asking():
+            answer = await self._engine.ask(request)
         return replace(answer, usage=refused + answer.usage)
 
     async def _find(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from airflow_vlm_provider.answering import Answering
+    from airflow_vlm_provider.bottleneck import Bottleneck
     from airflow_vlm_provider.ledger.answers import Answers
     from airflow_vlm_provider.ledger.commit_index import CommitIndex
     from airflow_vlm_provider.ledger.keys import RequestKeys
@@ -41,6 +42,7 @@ class Job:
     :param failed_only: Ask for nothing but dead letters.
     :param kinds: The kinds of dead letters that ``failed_only`` tries again; None for all.
     :param max_error_rate: Share of failed rows above which a shard's answers of no use are asked for anew.
+    :param bottleneck: Counts what is waited for.
     :param threads: Where rows and media are read.
     :param writers: Where everything is written: what was paid for must not wait behind media that are slow to come.
     :param active: Bounds the samples that are worked on at once.
@@ -68,6 +70,7 @@ class Job:
     kinds: frozenset[str] | None
     max_error_rate: float
     progress: Progress
+    bottleneck: Bottleneck
     threads: Executor
     writers: Executor
     active: asyncio.Semaphore

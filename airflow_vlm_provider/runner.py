@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_vlm_provider.answering import Answering
+from airflow_vlm_provider.bottleneck import Bottleneck
 from airflow_vlm_provider.errors import ANSWERED_KINDS, LASTING_KINDS, ConfigError, ShardError
 from airflow_vlm_provider.job import Job
 from airflow_vlm_provider.ledger.answers import READS, Answers
@@ -132,6 +133,7 @@ class ShardRunner:
         self._before: dict[str, Manifest] = {}
         self._stopped = False
         self.progress = Progress(shards=0, total_bytes=0)
+        self.bottleneck = Bottleneck(lambda: engine.window)
 
     def committed(self, shard: ObjectInfo) -> Manifest | None:
         """The shard's manifest, if nothing is left to do for it. Blocks on the store.
@@ -244,11 +246,15 @@ class ShardRunner:
             step=self.step.name,
             in_thread=partial(_in_thread, readers),
         )
+        watching: asyncio.Task[None] | None = None
         try:
             await _in_thread(writers, lambda: self._check_output_names([shard.name for shard in shards]))
             await answers.open()
+            watching = asyncio.create_task(self.bottleneck.watch())
             return await self._run_all(self._job(answers, threads, writers), shards)
         finally:
+            if watching is not None:
+                watching.cancel()
             await answers.close()
             for each in (threads, writers, readers):
                 each.shutdown(wait=False, cancel_futures=True)
@@ -280,7 +286,7 @@ class ShardRunner:
             written_by=self.written_by,
             answers=answers,
             commits=CommitIndex(self.destination, step=self.step.name),
-            answering=Answering(engine=self.engine, answers=answers),
+            answering=Answering(engine=self.engine, answers=answers, bottleneck=self.bottleneck),
             keys=RequestKeys(
                 engine=self.engine.parameters(),
                 media=self.media.answering_parameters(),
@@ -294,6 +300,7 @@ class ShardRunner:
             kinds=self.kinds,
             max_error_rate=self.max_error_rate,
             progress=self.progress,
+            bottleneck=self.bottleneck,
             threads=threads,
             writers=writers,
             active=asyncio.Semaphore(self._ahead),

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_vlm_provider.errors import ConfigError, SampleError, ShardError, VLMError
 from airflow_vlm_provider.ledger.manifest import Manifest
+from airflow_vlm_provider.loading import ShardMedia
 from airflow_vlm_provider.progress import CountingReader
 from airflow_vlm_provider.sample_run import Redrive, SampleRunner
 from airflow_vlm_provider.shard_ledger import ShardLedger
@@ -122,15 +123,19 @@ class ShardRun:
         job, loop = self.job, asyncio.get_running_loop()
         redrive = Redrive(self.ledger.dead, job.kinds) if job.failed_only else None
         runner = SampleRunner(
-            shard=self.shard.name,
             step=job.step,
-            media=job.media,
-            keys=job.keys,
+            media=ShardMedia(
+                shard=self.shard.name,
+                loader=job.media,
+                keys=job.keys,
+                answering=job.answering,
+                remembered=self.ledger.remembered,
+                recorder=self.ledger.recorder,
+            ),
             answering=job.answering,
             journal=self.ledger.journal,
-            remembered=self.ledger.remembered,
-            recorder=self.ledger.recorder,
             redrive=redrive,
+            bottleneck=job.bottleneck,
             threads=job.threads,
             loaded=job.loaded,
             fail=self._fail,

@@ -23,6 +23,10 @@ class Engine(Protocol):
     """How many requests the engine keeps in flight at most; the runner prepares a little more than that."""
 
     @property
+    def window(self) -> int:
+        """How many requests it keeps in flight at the moment: at most :attr:`concurrency`."""
+
+    @property
     def takes_video(self) -> bool:
         """Whether a video may be sent as such, as far as is known; otherwise its frames are sent as images."""
 

@@ -151,6 +151,11 @@ class OpenAIEngine:
         self._client: AsyncOpenAI | None = None
         self._end: ConfigError | EngineError | None = None
 
+    @property
+    def window(self) -> int:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return self.concurrency
+
     def parameters(self) -> Mapping[str, Any]:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
         return {

@@ -130,6 +130,11 @@ class TransformersEngine:
         self._grammars: Grammars | None = None
         self._reader: Reader | None = None
 
+    @property
+    def window(self) -> int:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return self.concurrency
+
     def parameters(self) -> Mapping[str, Any]:
         """What decides an answer besides the request."""
         return {

@@ -97,6 +97,11 @@ class VLLMEngine:
         self._server: asyncio.Future[_Server] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
+    @property
+    def window(self) -> int:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return self.concurrency
+
     def parameters(self) -> Mapping[str, Any]:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
         return {

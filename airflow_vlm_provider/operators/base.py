@@ -285,6 +285,8 @@ class ShardOperator(BaseOperator):
                     finally:
                         reporter.cancel()
                 await self._show(runner, context)
+                if bound := runner.bottleneck.sentence():
+                    self.log.info("%s", bound)
         finally:
             self._cancel = None
         return runner, [manifest for manifest in done if manifest is not None], fresh

@@ -85,6 +85,10 @@ class ScriptedEngine:
         self.in_flight = self.most_in_flight = self.entered = 0
         self._window: asyncio.Semaphore | None = None
 
+    @property
+    def window(self) -> int:
+        return self.concurrency
+
     def parameters(self) -> Mapping[str, Any]:
         return {"model": self.model}
 

@@ -13,6 +13,7 @@ import pytest
 
 from airflow_vlm_provider import shard_run
 from airflow_vlm_provider.answering import Answering
+from airflow_vlm_provider.bottleneck import Bottleneck
 from airflow_vlm_provider.errors import EngineError, SampleError
 from airflow_vlm_provider.ledger.changes import changes
 from airflow_vlm_provider.ledger.dead_letters import DeadLetters
@@ -258,7 +259,7 @@ def test_an_answer_that_came_before_who_asked_was_stopped_is_not_asked_for_again
     async def go() -> None:
         engine = ScriptedEngine()
         async with engine:
-            answering: Any = Answering(engine=engine, answers=Known())  # type: ignore[arg-type]
+            answering: Any = Answering(engine=engine, answers=Known(), bottleneck=Bottleneck(lambda: 8))  # type: ignore[arg-type]
             full, other = Journal(room=False), Journal(room=True)
             first = asyncio.create_task(answer(answering, full))
             second = asyncio.create_task(answer(answering, other))
@@ -276,7 +277,7 @@ def test_who_waits_for_an_answer_of_which_the_asker_was_stopped_asks_itself():
     async def go() -> None:
         engine = ScriptedEngine(delay=lambda about: 0 if len(engine.asked) > 1 else 600)
         async with engine:
-            answering: Any = Answering(engine=engine, answers=Known())  # type: ignore[arg-type]
+            answering: Any = Answering(engine=engine, answers=Known(), bottleneck=Bottleneck(lambda: 8))  # type: ignore[arg-type]
             journal = Journal(room=True)
             first = asyncio.create_task(answer(answering, Journal(room=True)))
             second = asyncio.create_task(answer(answering, journal))

@@ -1,0 +1,91 @@
+"""What a run waits for: its source, the preparation of media, or the engine.
+
+Looked at a few times a second: the engine is what binds when as many requests are with it as it takes; else, when
+requests are being prepared, the preparation; else the source, which has not brought samples enough (or the
+destination, which takes no more of them).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+SAMPLE_SECONDS = 0.1
+Stage = Literal["source", "preparation", "engine"]
+
+
+class Bottleneck:
+    """Counts what a run waited for. For one thread.
+
+    :param window: How many requests the engine takes at the moment.
+    """
+
+    def __init__(self, window: Callable[[], int]) -> None:
+        self._window = window
+        self._preparing = 0
+        self._asking = 0
+        self._bound: Counter[Stage] = Counter()
+        self._in_flight = 0
+        self._room = 0
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """A request's media are fetched and made ready."""
+        self._preparing += 1
+        try:
+            yield
+        finally:
+            self._preparing -= 1
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """A request is with the engine."""
+        self._asking += 1
+        try:
+            yield
+        finally:
+            self._asking -= 1
+
+    async def watch(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            self.look()
+
+    def look(self) -> None:
+        """Take one look."""
+        window = self._window()
+        self._in_flight += min(self._asking, window)
+        self._room += window
+        if self._asking >= window:
+            self._bound["engine"] += 1
+        else:
+            self._bound["preparation" if self._preparing else "source"] += 1
+
+    def shares(self) -> dict[Stage, float]:
+        """How large a part of the time each bound the run, from 0 to 1; empty before the first look."""
+        looks = self._bound.total()
+        return {stage: count / looks for stage, count in self._bound.most_common()}
+
+    def sentence(self) -> str | None:
+        """The same in a sentence; None before the first look."""
+        shares = self.shares()
+        if not shares:
+            return None
+        said = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
+        hint = _HINTS[next(iter(shares))]
+        looks = self._bound.total()
+        return (
+            f"What bound the run: {said} of the time. On average {self._in_flight / looks:.1f} requests were with the "
+            f"engine, which took {self._room / looks:.1f}. {hint}"
+        )
+
+
+_HINTS: dict[Stage, str] = {
+    "engine": "A faster engine, or fewer pixels and tokens for it, would make this faster.",
+    "preparation": "A closer storage, more processor cores, or smaller media would make this faster.",
+    "source": "More shards for each task, or a faster source and destination, would make this faster.",
+}

@@ -1,0 +1,48 @@
+"""What a run waited for."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from airflow_vlm_provider.bottleneck import Bottleneck
+from tests.support.fakes import ScriptedEngine
+from tests.support.place import Place
+
+
+def test_the_engine_binds_when_it_has_as_many_as_it_takes_else_what_is_prepared_else_the_source():
+    gauge = Bottleneck(lambda: 2)
+    assert gauge.sentence() is None
+    gauge.look()
+    with gauge.preparing():
+        gauge.look()
+        with gauge.asking():
+            gauge.look()
+            with gauge.asking():
+                gauge.look()
+    with gauge.asking(), gauge.asking(), gauge.asking():
+        gauge.look()
+    with pytest.raises(ValueError), gauge.preparing(), gauge.asking():
+        raise ValueError
+    assert gauge.shares() == {"source": 0.2, "preparation": 0.4, "engine": 0.4}
+    sentence = gauge.sentence()
+    assert sentence is not None
+    assert "preparation 40%, engine 40%, source 20% of the time" in sentence
+    # Two of five looks at a full window of two, one at one request.
+    assert "1.0 requests were with the engine, which took 2.0" in sentence
+
+
+def test_a_run_with_a_slow_engine_is_bound_by_it(tmp_path):
+    place = Place(tmp_path)
+    shard = place.shard("a.jsonl", [{"text": f"{number}"} for number in range(80)])
+    engine = ScriptedEngine(delay=lambda about: 0.1, concurrency=4)
+    runner = place.runner(engine)
+
+    async def go() -> None:
+        async with engine:
+            await runner.run_all([shard])
+
+    asyncio.run(go())
+    shares = runner.bottleneck.shares()
+    assert shares["engine"] > 0.5, shares
