@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import datetime, timezone
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -320,3 +321,14 @@ def test_a_bare_decorator_takes_its_parameters_from_the_dag(place):
     assert execute(made, logical_date=datetime(2026, 1, 1, tzinfo=timezone.utc))["ok"] == 9
     (line, *_) = (place.root / "out" / "a.jsonl").read_text().splitlines()
     assert json.loads(line)["said"] == "about a 0 2026"
+
+
+def test_the_dag_in_the_documentation_is_one(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "map.md").read_text()
+    code, template = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    indented = "".join(f"    {line}\n" for line in template.splitlines() if not line.startswith("from "))
+    imports = "".join(f"{line}\n" for line in template.splitlines() if line.startswith("from "))
+    (tmp_path / "products.py").write_text(imports + code + indented)
+    bag = DagBag(tmp_path)
+    assert bag.import_errors == {}
+    assert bag.dags["products"].task_ids == ["plan", "describe", "translate"]
