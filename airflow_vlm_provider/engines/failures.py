@@ -18,8 +18,9 @@ _QUOTED = 500
 
 _TRANSIENT = {408, 409, 425, 429}
 _SAMPLE = {400, 413, 422}
-# Which of a model's inputs are missing is also said by these: no such media type, nobody who takes it.
-_NO_SUCH_INPUT = _SAMPLE | {404, 415}
+# By these, too, it is said that a model takes no videos: nobody is there who does, no such media type, and the errors
+# of servers that did not expect the question.
+_NO_SUCH_INPUT = _SAMPLE | {404, 415, 500, 501}
 _READ = 10_000
 """Characters of them that are read: some endpoints repeat the whole request, media and all."""
 
@@ -101,10 +102,10 @@ class Diagnosis:
                 f"{self.name}: the account behind the API key has no credit left ({quoted}). Check its plan and "
                 "billing, or set another key as the connection's password."
             )
-        if status in _TRANSIENT or status >= 500:
-            return self._passing(status, headers, quoted)
         if status in _NO_SUCH_INPUT and "video_url" in _media(sent) and wordings.says_no_video(words):
             return NoVideoError(quoted)
+        if status in _TRANSIENT or status >= 500:
+            return self._passing(status, headers, quoted)
         if status in (401, 403):
             return ConfigError(
                 f"{self.name}: {self.endpoint} denies access (status {status}: {quoted}). Set the connection's "

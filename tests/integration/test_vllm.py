@@ -1,4 +1,4 @@
-"""The operator with a real vLLM server and the demo model: the pictures' own tags, constrained by the schema."""
+"""Operators with a real vLLM server and the demo model: the pictures' own tags, constrained by a schema, and captions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from airflow_vlm_provider.hooks.vlm import VLMHook
+from airflow_vlm_provider.operators.image_captioning import ImageCaptioningOperator
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 from demo.drawings import draw
-from tests.support.vllm_server import require_vllm, start_vllm
+from tests.support.vllm_server import count, require_vllm, start_vllm
 
 pytestmark = pytest.mark.integration
 
@@ -40,9 +41,9 @@ def connect(base_url, monkeypatch):
     return make
 
 
-def execute(**parameters: Any) -> dict[str, Any]:
+def execute(operator: Any = ImageTaggingVLMOperator, **parameters: Any) -> dict[str, Any]:
     ti = SimpleNamespace(dag_id="d", run_id="r", task_id="tag", map_index=-1, try_number=1)
-    return ImageTaggingVLMOperator(task_id="tag", **parameters).execute({"ti": ti})  # type: ignore[typeddict-item]
+    return operator(task_id="tag", **parameters).execute({"ti": ti})
 
 
 @pytest.fixture
@@ -89,6 +90,45 @@ def test_the_schema_holds_where_the_model_would_ramble(connect, dataset, tmp_pat
         for tags in json.loads(line).get("__dj__meta__", {}).get("image_tags", []):
             assert 1 <= len(tags) <= 10
             assert all(0 < len(tag) <= 30 and tag == tag.lower() for tag in tags)
+
+
+def test_drawings_get_their_own_captions_from_vllm(connect, dataset, tmp_path):
+    source, drawings = dataset
+    result = execute(
+        ImageCaptioningOperator,
+        source=str(source),
+        destination=str(tmp_path / "out"),
+        keep_original_sample=False,
+    )
+    rows = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text().splitlines()]
+    right = [
+        row["text"] == f"<__dj__image> {drawing.caption} <|__dj__eoc|>"
+        for row, drawing in zip(rows, drawings, strict=True)
+    ]
+    assert sum(right) >= 0.95 * PICTURES
+    assert (result["rows_in"], result["ok"], result["requests"]) == (PICTURES, PICTURES, PICTURES)
+
+
+def test_four_captions_of_a_drawing_are_one_request(connect, base_url, dataset, tmp_path):
+    source, drawings = dataset
+    before = count(base_url, "http_requests_total", handler="/v1/chat/completions")
+    result = execute(
+        ImageCaptioningOperator,
+        source=str(source),
+        destination=str(tmp_path / "out"),
+        caption_num=4,
+        keep_candidate_mode="all",
+        sampling_params={"temperature": 0.3, "seed": 3},
+    )
+    sent = count(base_url, "http_requests_total", handler="/v1/chat/completions") - before
+    rows = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text().splitlines()]
+    assert (result["ok"], result["requests"], sent) == (PICTURES, PICTURES, PICTURES)
+    # The original and its four captions, picture by picture.
+    assert len(rows) == result["rows_out"] == 5 * PICTURES
+    assert [row["images"] for row in rows[::5]] == [row["images"] for row in rows[4::5]]
+    captions = [row["text"] for number, row in enumerate(rows) if number % 5]
+    truth = [drawing.caption for drawing in drawings for _ in range(4)]
+    assert sum(word in text for word, text in zip(truth, captions, strict=True)) >= 0.9 * len(truth)
 
 
 def test_the_connection_test_knows_the_served_model(connect):

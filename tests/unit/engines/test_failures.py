@@ -230,6 +230,8 @@ def _tag(kind: str) -> dict[str, Any]:
         (400, "litellm.BadRequestError: OpenAIException - This model does not support video input."),
         (400, {"message": "Video inputs are not supported by this model."}),
         (400, {"message": "unsupported content[].type"}),
+        (500, {"message": "unsupported content[].type"}),
+        (501, {"message": "Video input is not supported"}),
         (400, {"message": "Unsupported modality: video."}),
         (404, {"message": "No endpoints found that support input video"}),
         (415, {"message": "Videos are unsupported"}),
@@ -240,6 +242,13 @@ def test_a_model_without_videos(diagnosis, status, body):
     # Said of a request without a video, it means something else.
     for kinds in (("text", "image_url"), ()):
         assert not isinstance(diagnosis.of_status(status, {}, body, _sent(*kinds)), NoVideoError)
+
+
+def test_a_server_in_trouble_says_nothing_of_videos(diagnosis):
+    for status in (429, 500, 502, 503):
+        assert isinstance(
+            diagnosis.of_status(status, {}, "The video model is overloaded", VIDEO), PassingError
+        )
 
 
 def test_a_model_without_videos_may_say_so_in_a_200(diagnosis):
