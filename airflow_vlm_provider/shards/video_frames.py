@@ -36,12 +36,10 @@ if TYPE_CHECKING:
 # prepared at once, so only as many are decoded at a time as there are processors to do it, and never more than four:
 # of 1080p, 4 x 20 pictures are 250 MB. Larger ones are decoded one at a time.
 _PROCESSORS = os.cpu_count() or 1
-_DECODERS = min(4, _PROCESSORS)
-_decoding = threading.BoundedSemaphore(_DECODERS)
+DECODERS = min(4, _PROCESSORS)
 _big = threading.Lock()
 BIG_PIXELS = 2304 * 1296
-_THREADS = max(1, min(4, _PROCESSORS // _DECODERS))
-_BIG_THREADS = min(4, _PROCESSORS)
+_MOST_THREADS = 4
 
 # Closer than this, decoding on is cheaper than seeking, which may take a dozen reads.
 _LEAST_SEEK_S = 1.0
@@ -60,6 +58,31 @@ MAX_PASSED_PIXELS = 10**12
 _PACKET_PIXELS = 100_000
 
 
+class _Turns:
+    """Bounds how many videos are decoded at once."""
+
+    def __init__(self, most: int) -> None:
+        self._places = threading.BoundedSemaphore(most)
+        self._lock = threading.Lock()
+        self._busy = 0
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Wait for a turn; tells whether nobody else has one just now."""
+        with self._places:
+            with self._lock:
+                self._busy += 1
+                alone = self._busy == 1
+            try:
+                yield alone
+            finally:
+                with self._lock:
+                    self._busy -= 1
+
+
+_turns = _Turns(DECODERS)
+
+
 @contextlib.contextmanager
 def open_frames(file: VideoFile) -> Iterator[VideoFrames]:
     """
@@ -67,13 +90,14 @@ def open_frames(file: VideoFile) -> Iterator[VideoFrames]:
 
     :raises SampleError: as :func:`~airflow_vlm_provider.shards.video_container.open_video`.
     """
-    with _decoding:
+    with _turns.turn() as alone:
         facts = video_facts(file)
         with open_video(file) as (container, stream):
             codec = stream.codec_context
             big = codec.width * codec.height > BIG_PIXELS
+            # Several decoders of one thread do more than one of several, and a lone one may have all processors.
             codec.thread_type = "AUTO"
-            codec.thread_count = _BIG_THREADS if big else _THREADS
+            codec.thread_count = min(_MOST_THREADS, _PROCESSORS) if big or alone else 1
             with _big if big else contextlib.nullcontext():
                 yield VideoFrames(container, stream, facts)
 
@@ -113,10 +137,12 @@ class VideoFrames:
 
         :raises SampleError: ``media_corrupt``: it is missing. ``media_too_large``: too much is in the way.
         """
-        if times and times[0] > _LEAST_SEEK_S:
-            self._seek(times[0])
+        position = 0.0
         for time in times:
-            self._sought = False
+            # Keyframes that were never farther apart are not now, either; before any was met, it can only be tried.
+            self._sought = (
+                (not position or self._gop > 0) and self._is_far(time - position) and self._seek(time)
+            )
             self._reach(time)
             if self._shown is not None and self._left_out > self._time(self._shown):
                 # What was left out is the one: the durations in this file are not to be relied on.
@@ -124,6 +150,7 @@ class VideoFrames:
                 self._seek(time)
                 self._reach(time)
             yield self._checked(time)
+            position = time
 
     def _reach(self, time: float) -> None:
         """Decode up to a time, from where decoding is or from further back."""
@@ -178,10 +205,14 @@ class VideoFrames:
         if self._keyframe is not None:
             self._gop = max(self._gop, at - self._keyframe)
         self._keyframe = at
-        if not self._gop or self._sought or time - at <= max(self._gop, _LEAST_SEEK_S):
+        if not self._gop or self._sought or not self._is_far(time - at):
             return False
-        self._sought = True
-        return self._seek(time)
+        self._sought = self._seek(time)
+        return self._sought
+
+    def _is_far(self, seconds: float) -> bool:
+        """Whether there must be a keyframe on such a way, for which it is worth seeking."""
+        return seconds > max(self._gop, _LEAST_SEEK_S)
 
     def _decode(self, packet: Packet[VideoStream], time: float) -> None:
         at, length = self._packet_time(packet), seconds(packet.duration, packet.time_base)
