@@ -64,7 +64,7 @@ def windows_of(duration: object, seconds: float, *, ref: str) -> list[Window]:
     count = max(1, math.floor(length / seconds))
     if length - count * seconds >= SHORTEST * seconds:
         count += 1
-    edges = [*(seconds * number for number in range(count)), length]
+    edges = [*(float(seconds) * number for number in range(count)), length]
     return [Window(start, end) for start, end in pairwise(edges)]
 
 
