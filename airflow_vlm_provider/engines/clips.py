@@ -53,22 +53,20 @@ def decode_clip(media: Media) -> Clip:
     import numpy
 
     frames, times = [], []
-    length = 0.0
     try:
-        with av.open(io.BytesIO(media.data)) as container:
+        with av.open(io.BytesIO(media.data), format="mp4") as container:
             for frame in container.decode(video=0):
                 frames.append(frame.to_ndarray(format="rgb24"))
                 times.append(float(frame.time or 0.0))
-                length = float(frame.duration * frame.time_base) if frame.duration else 0.0
         stacked = numpy.stack(frames)
     except Exception as error:
         raise SampleError("media_corrupt", f"The video can't be decoded: {error}", media=media.ref) from error
     if len(times) == 1:
         # Models look at frames in pairs, and some processors refuse half a pair.
         stacked, times = numpy.repeat(stacked, 2, axis=0), times * 2
-    elif not length:
-        length = (times[-1] - times[0]) / (len(times) - 1)
-    return Clip(frames=stacked, times=tuple(times), duration=times[-1] - times[0] + length)
+    # How long the last one is seen, clips do not say reliably: as long as the others, on average.
+    duration = (times[-1] - times[0]) * len(times) / (len(times) - 1)
+    return Clip(frames=stacked, times=tuple(times), duration=duration)
 
 
 def video_markers_doubled(processor: Any, tokenizer: Any) -> bool:

@@ -269,8 +269,7 @@ def _language_config(kind: str, tokenizer: Any) -> dict[str, Any]:
             "num_layers": 2,
             "num_heads": 2,
             "decoder_start_token_id": 1,
-            "tie_word_embeddings": False,
-            "initializer_factor": 8.0,
+            "initializer_factor": 3.0,
         }
     return {
         **ids,
@@ -298,6 +297,10 @@ def _written(
         if hasattr(model, "query_tokens"):
             # They begin as zeros, with which all pictures look alike.
             model.query_tokens.data.normal_()
+        if model_class.__name__.startswith("Blip2") and config.text_config.model_type == "t5":
+            # Otherwise T5 would look at little but its last token, and be quite sure of the next.
+            for name, weight in model.language_model.named_parameters():
+                weight.data *= 3.0 if "EncDecAttention" in name else 0.03 if "shared" in name else 1.0
     if defaults is not None:
         model.generation_config = defaults
     model.save_pretrained(folder)
