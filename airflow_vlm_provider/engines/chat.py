@@ -66,7 +66,8 @@ def _content(request: Request, urls: Iterator[str], detail: str | None) -> str |
         elif part.kind == "video":
             # Which of a clip's frames are looked at is the server's to decide, and can't be said here: vLLM refuses
             # media_io_kwargs and mm_processor_kwargs in a request unless it was started to trust them. By itself vLLM
-            # 0.32 shows Qwen's models two frames of each second of the clip's own time, and most others 32 frames.
+            # 0.32 shows Qwen's models two frames of each second of the clip's own time (Qwen2.5-VL an even number of
+            # them), and most others 32 frames. Clips have to be made for that.
             content.append({"type": "video_url", "video_url": {"url": next(urls)}})
         else:
             image = {"url": next(urls)} if detail is None else {"url": next(urls), "detail": detail}

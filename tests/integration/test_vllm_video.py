@@ -16,9 +16,12 @@ import pytest
 
 from airflow_vlm_provider.engines.openai import OpenAIEngine
 from airflow_vlm_provider.errors import ConfigError, NoVideoError, SampleError
+from airflow_vlm_provider.shards.media import MediaLoader
 from airflow_vlm_provider.types import Answer, Media, Request
 from demo.moving import MovingDrawing, draw_moving
 from tests.support.openai_engines import ask, ask_all, run_engine
+from tests.support.place import Place
+from tests.support.video_step import VideoStep
 from tests.support.vllm_server import BLOCK_SIZE, count, require_vllm, start_together, start_vllm
 
 pytestmark = pytest.mark.integration
@@ -233,6 +236,46 @@ def test_a_model_for_images_says_so_once(urls):
     assert {type(error) for error in errors} == {NoVideoError}
     assert 1 <= sum(error.attempts for error in errors) <= 3
     assert isinstance(answer, Answer)
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    place = Place(tmp_path)
+    place.media = MediaLoader(source_uri=place.source.uri)  # type: ignore[assignment]
+    for index in range(4):
+        (place.source_path / f"{index}.mp4").write_bytes(moving(16, seed=index, fps=4).encode())
+    return place
+
+
+def _run(place: Place, url: str) -> tuple[Any, list[Any]]:
+    """Caption the place's videos; the manifest and the rows."""
+    shard = place.shard("a.jsonl", [{"video": f"{index}.mp4"} for index in range(4)])
+    step = VideoStep("auto", fps=1.0, max_frames=4, max_tokens=8, temperature=0)
+    (manifest,) = place.run(engine_at(url, concurrency=2), shard, step=step)  # type: ignore[arg-type]
+    return manifest, place.output()
+
+
+def test_a_shard_of_videos_is_committed_by_their_frames_where_the_model_is_one_for_images(urls, place):
+    url = urls["images only"]
+    before = count(url, "http_requests_total", handler="/v1/chat/completions")
+    manifest, rows = _run(place, url)
+    assert (manifest.counts.rows_in, manifest.counts.ok, manifest.counts.failed) == (4, 4, 0)
+    assert len({row["caption"] for row in rows}) > 1
+    # Four images each.
+    assert manifest.counts.prompt_tokens > 4 * 4 * (PATCHES + 2)
+    # The endpoint saw one request more for each that was in flight when it turned out.
+    sent = count(url, "http_requests_total", handler="/v1/chat/completions") - before
+    assert 4 < sent <= 6
+    assert manifest.counts.requests == sent
+
+
+def test_a_shard_of_videos_is_committed_by_videos_where_the_model_takes_them(server, place):
+    manifest, rows = _run(place, server.base_url)
+    assert (manifest.counts.ok, manifest.counts.failed, manifest.counts.requests) == (4, 0, 4)
+    assert len({row["caption"] for row in rows}) > 1
+    (text,) = prompt_tokens(server, Request(None, ("Describe this video.",), sampling={"max_tokens": 1}))
+    # Four frames each, of which two make one place in time.
+    assert manifest.counts.prompt_tokens == 4 * (text + 2 + 2 * server.per_two_frames)
 
 
 def _png(frame: Any) -> bytes:
