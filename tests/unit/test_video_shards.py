@@ -258,8 +258,9 @@ from tests.support.seeing_engine import SeeingEngine, saw
 source, destination = sys.argv[1:]
 
 def saved():
-    journals = Path(destination).rglob("journal/*")
-    return {line for path in journals if path.is_file() for line in read_segment(path.read_bytes())}
+    # What is still being written has another name.
+    segments = Path(destination).rglob("journal/[0-9]*")
+    return {line for path in segments for line in read_segment(path.read_bytes())}
 
 class Killed(SeeingEngine):
     async def ask(self, request):
