@@ -47,13 +47,13 @@ def chain(
     for number, step in enumerate(steps):
         last = number == len(steps) - 1
         # Not by their numbers: a step that is put before them would make strangers of all that follow.
-        own = f"{destination.rstrip('/')}/{STEPS_FOLDER}/{step.name}"
+        own = _step_folder(destination, step)
         writes = destination if last else own
         # What was the last step has another after it, or the other way round, when a recipe was changed: its answers
         # are then where it wrote as such.
         known = [own if last else destination]
         for each in reuse_from:
-            known += [each, f"{each.rstrip('/')}/{STEPS_FOLDER}/{step.name}"]
+            known += [each, _step_folder(each, step)]
         roots = media_roots
         if roots is None and number > 0:
             # References in rows are relative to the shards that the author has, and that is where media are.
@@ -69,3 +69,12 @@ def chain(
             },
         )
         reads = f"{own}/"
+
+
+def _step_folder(destination: str, step: RecipeStep) -> str:
+    """Where a step writes that is not the last."""
+    below = f"{STEPS_FOLDER}/{step.name}"
+    if not destination.endswith(("}}", "%}")):
+        return f"{destination.rstrip('/')}/{below}"
+    # What it becomes may end with a slash, and two of them are another place in an object store.
+    return f"{{% set place %}}{destination}{{% endset %}}{{{{ place.rstrip('/') }}}}/{below}"

@@ -126,8 +126,9 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
     root = tmp_path_factory.mktemp("system")
     dags = root / "dags"
     dags.mkdir()
-    for path in (*REPOSITORY.glob("dags/*.py"), *Path(__file__).parent.glob("dags/*.py")):
-        shutil.copy(path, dags)
+    for folder in (REPOSITORY, Path(__file__).parent):
+        for path in (*folder.glob("dags/*.py"), *folder.glob("dags/*.yaml")):
+            shutil.copy(path, dags)
     with (
         start_s3() as s3,
         start_stub(api_key=API_KEY, models=["stub-vlm"]) as stub,

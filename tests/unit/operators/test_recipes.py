@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk import DAG
 from airflow.serialization.serialized_objects import DagSerialization
 
@@ -202,6 +203,26 @@ def test_what_is_wrong_with_recipe_operators_and_arguments_is_said_at_once(write
     assert "it has 0 (image_tagging_vlm_mapper), 1" in found["operator_args[7]"]
     assert "no such operator" in found["operator_args['no_mapper']"]
     assert len(found) == 9
+
+
+def test_airflow_shows_all_of_it_as_the_dag_files_error(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__CORE__LOAD_EXAMPLES", "False")
+    write({**TWO, "nq": 3, "process": [{TAG: {"api_key": "sk-not-to-be-seen"}}, "image_blur_mapper"]})
+    file = tmp_path / "dag.py"
+    file.write_text(
+        "from airflow.sdk import DAG\n"
+        "from airflow_vlm_provider.operators.recipes import recipe_task_group\n"
+        "with DAG('d'):\n    recipe_task_group('recipe.yaml')\n"
+    )
+    (said,) = DagBag(dag_folder=str(file), bundle_path=tmp_path).import_errors.values()
+    for words in (
+        "can't be run for 4 things",
+        "- nq: ",
+        f"- process[0].{TAG}.api_key: ",
+        "- process[1].image_blur_mapper: ",
+    ):
+        assert words in said
+    assert "sk-not-to-be-seen" not in said
 
 
 def test_a_destination_inside_the_source_is_refused(write):

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import jinja2
 import pytest
+from jinja2.nativetypes import NativeEnvironment
 
 from airflow_vlm_provider.operators.destination import check_destination
+from airflow_vlm_provider.operators.parameters import is_known
 from airflow_vlm_provider.recipes.chain import chain
 from airflow_vlm_provider.recipes.recipe import RecipeStep
 from airflow_vlm_provider.shards.stores import is_hidden
@@ -93,3 +96,17 @@ def test_answers_of_another_chain_count_wherever_its_step_stood():
         "/out/a",
         "/out/a/_steps/image_captioning_2",
     ]
+
+
+@pytest.mark.parametrize("place", ["s3://b/out", "s3://b/out/"])
+def test_what_a_template_becomes_may_end_with_a_slash(place):
+    one, two, _ = (
+        parameters for _, parameters in chain(STEPS, source="/in", destination="{{ place_of_the_run }}")
+    )
+    render = jinja2.Environment().from_string
+    assert render(one["destination"]).render(place_of_the_run=place) == "s3://b/out/_steps/image_tagging"
+    assert render(two["source"]).render(place_of_the_run=place) == "s3://b/out/_steps/image_tagging/"
+    for native in (one["destination"], two["source"]):
+        rendered = NativeEnvironment().from_string(native).render(place_of_the_run=place)
+        assert rendered.rstrip("/") == "s3://b/out/_steps/image_tagging"
+    assert not is_known(one["destination"])
