@@ -32,6 +32,9 @@ _CONTAINERS_SHOWN = "MP4, MOV, MKV, WebM, AVI, MPEG-TS, MPEG, FLV, Ogg, WMV, GIF
 # Bytes that libav asks for at once.
 _BUFFER_BYTES = 128 * 1024
 _FEW_BYTES = 64
+_SHOWN_CHARS = 200
+# More than any encoder of pictures takes.
+_LONGEST_SIDE = 65_500
 
 
 def import_av() -> Any:
@@ -65,13 +68,17 @@ def open_video(file: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     reader = file.reader()
     try:
         file.check()
-        with _libav_errors(av, file, reader), _container(av, reader) as container:
-            stream = _main_stream(container)
-            check_size(stream.codec_context.width, stream.codec_context.height)
-            yield container, stream
-            if reader.failed is not None:
-                # libav may have taken it for the end.
-                raise reader.failed
+        container = _open(av, file, reader)
+        try:
+            with _libav_errors(av, reader):
+                stream = _main_stream(container)
+                check_size(stream.codec_context.width, stream.codec_context.height)
+                yield container, stream
+                if reader.failed is not None:
+                    # libav may have taken it for the end.
+                    raise reader.failed
+        finally:
+            container.close()
         file.check()
     except ObjectChangedError as error:
         raise TransientError(str(error)) from error
@@ -82,29 +89,40 @@ def seconds(time: int | None, base: Fraction | None) -> float | None:
     return None if time is None or base is None else float(time * base)
 
 
-@contextlib.contextmanager
-def _container(av: Any, reader: PositionReader) -> Iterator[InputContainer]:
-    container = av.open(
-        reader,
-        mode="r",
-        buffer_size=_BUFFER_BYTES,
-        # Damaged titles are no reason to refuse pictures.
-        metadata_errors="replace",
-        options={
-            "format_whitelist": CONTAINERS,
-            "protocol_whitelist": "none",
-            "max_pixels": str(MAX_DECODED_PIXELS),
-        },
-        io_open=_refuse_to_open,
-    )
+def _open(av: Any, file: VideoFile, reader: PositionReader) -> InputContainer:
     try:
-        yield container
-    finally:
-        container.close()
+        with _libav_errors(av, reader):
+            try:
+                container: InputContainer = av.open(
+                    reader,
+                    mode="r",
+                    buffer_size=_BUFFER_BYTES,
+                    # Damaged titles are no reason to refuse pictures.
+                    metadata_errors="replace",
+                    options={
+                        "format_whitelist": CONTAINERS,
+                        "protocol_whitelist": "none",
+                        "max_pixels": str(MAX_DECODED_PIXELS),
+                    },
+                    io_open=_refuse_to_open,
+                )
+            except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+                if reader.failed is None:
+                    raise _no_video(av, file, error) from error
+                raise
+    except _LeadsElsewhereError as error:
+        raise SampleError(
+            "media_refused", f"The video refers to another file, {error}, which is not read."
+        ) from error
+    return container
+
+
+class _LeadsElsewhereError(Exception):
+    """Something would be opened besides the file itself."""
 
 
 def _refuse_to_open(url: str, _flags: int, _options: dict[str, str]) -> Any:
-    raise PermissionError(f"a video must not open {url!r}")
+    raise _LeadsElsewhereError(repr(url[:_SHOWN_CHARS]))
 
 
 def _main_stream(container: InputContainer) -> VideoStream:
@@ -131,48 +149,55 @@ def check_size(width: int, height: int) -> None:
 
     :raises SampleError: ``media_too_large``
     """
-    if width * height > MAX_DECODED_PIXELS:
+    if width * height > MAX_DECODED_PIXELS or max(width, height) > _LONGEST_SIDE:
         raise SampleError(
             "media_too_large",
-            f"The video has {width} x {height} pixels; at most {MAX_DECODED_PIXELS:,} are decoded. Shrink it first.",
+            f"The video has {width} x {height} pixels; at most {MAX_DECODED_PIXELS:,} are decoded, and "
+            f"{_LONGEST_SIDE:,} on a side. Shrink it first.",
         )
 
 
 @contextlib.contextmanager
-def _libav_errors(av: Any, file: VideoFile, reader: PositionReader) -> Iterator[None]:
+def _libav_errors(av: Any, reader: PositionReader) -> Iterator[None]:
+    """Tell what is the video's fault from what is not."""
     try:
         yield
-    except (SampleError, ObjectChangedError, ConfigError):
-        raise
     except MemoryError as error:
         raise SampleError("media_too_large", "The video is too large to decode: out of memory.") from error
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except ObjectChangedError:
+        raise
+    except (av.error.FFmpegError, OSError) as error:
         if reader.failed is not None:
             raise TransientError(f"The video could not be read this time: {reader.failed}") from error
-        raise _verdict(av, file, error) from error
+        if not isinstance(error, av.error.FFmpegError):
+            raise
+        if isinstance(
+            error, (LookupError, NotImplementedError, av.error.LookupError, av.error.PatchWelcomeError)
+        ):
+            raise SampleError(
+                "media_unsupported", f"The video can't be decoded here: {_reason(error)}."
+            ) from error
+        raise SampleError("media_corrupt", f"The video can't be decoded: {_reason(error)}.") from error
 
 
-def _verdict(av: Any, file: VideoFile, error: Exception) -> SampleError:
-    """Say what is wrong with a file that libav did not take."""
+def _no_video(av: Any, file: VideoFile, error: Exception) -> SampleError:
+    """Say what a file is that libav did not open."""
     if not file.size:
         return SampleError("media_corrupt", "The video's file is empty.")
     start = file.read(_FEW_BYTES, 0)
-    # libav's answer to a container that is not among those that are allowed.
-    if getattr(error, "errno", None) == 22:
+    if isinstance(error, av.error.ArgumentError):
+        # The answer to a container that is known, but not among those that are allowed.
         with contextlib.suppress(SampleError):
-            return SampleError(
-                "media_unsupported", f"The file is no video, but a picture: {image_format(start)}."
-            )
+            picture = image_format(start)
+            return SampleError("media_unsupported", f"The file is no video, but a picture: {picture}.")
         return SampleError(
             "media_unsupported", f"The file is no video of a kind that is read: {_CONTAINERS_SHOWN}."
         )
-    if isinstance(error, (av.error.DecoderNotFoundError, av.error.PatchWelcomeError, NotImplementedError)):
-        return SampleError("media_unsupported", f"The video can't be decoded here: {_reason(error)}.")
     if start[4:8] == b"ftyp":
         return SampleError(
-            "media_corrupt", f"The video can't be opened, as if its end were missing: {_reason(error)}."
+            "media_corrupt", "The video can't be opened: its index is missing, as if it were cut short."
         )
-    return SampleError("media_corrupt", f"The video can't be decoded: {_reason(error)}.")
+    return SampleError("media_corrupt", "The file is no video, or its beginning is damaged.")
 
 
 def _reason(error: Exception) -> str:

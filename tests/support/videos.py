@@ -17,14 +17,15 @@ from airflow_vlm_provider.types import FrameSampling, Media, MediaRef, Part
 # The number's bits as black and white tiles, four in a row; they survive encoding, shrinking and 8 colours.
 COLUMNS, ROWS = 4, 4
 SIZE = (64, 64)
-_CLOCK = 1000
+_CLOCK = 60_000
 
 
-def numbered(number: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    """Draw a number as black and white tiles."""
+def numbered(number: int, size: tuple[int, int] = SIZE, *, noisy: bool = False) -> Image.Image:
+    """Draw a number as black and white tiles; with noise, so that an encoder needs many bytes for it."""
     tiles = Image.new("L", (COLUMNS, ROWS))
     tiles.putdata([255 * (number >> bit & 1) for bit in range(COLUMNS * ROWS)])
-    return tiles.resize(size, Image.Resampling.NEAREST).convert("RGB")
+    drawn = tiles.resize(size, Image.Resampling.NEAREST)
+    return (Image.blend(drawn, Image.effect_noise(size, 100), 0.3) if noisy else drawn).convert("RGB")
 
 
 def number_of(picture: Image.Image) -> int:
@@ -61,6 +62,7 @@ def video(
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
     pictures: Sequence[Image.Image] | None = None,
+    noisy: bool = False,
 ) -> bytes:
     """
     Encode a video.
@@ -72,10 +74,11 @@ def video(
     :param sound: Seconds of silence.
     :param rotation: Degrees, counterclockwise, by which players turn it.
     :param shape: Width to height of a pixel.
+    :param noisy: Make them large in bytes.
     :param pictures: What to show in place of numbers.
     """
     times = times or [number / fps for number in range(frames)]
-    shown = pictures or [numbered(number, size) for number in range(len(times))]
+    shown = pictures or [numbered(number, size, noisy=noisy) for number in range(len(times))]
     ends = [*times[1:], times[-1] + (last or 1 / fps)]
     out = io.BytesIO()
     with av.open(out, "w", format=container, options=muxer or {}) as file:
@@ -111,7 +114,10 @@ def video(
         )
         lengths: dict[int, int] = {}
         for image, time, end in zip(shown, times, ends, strict=True):
-            frame = av.VideoFrame.from_image(image).reformat(format=pixels)
+            if image.mode == "RGBA":
+                frame = av.VideoFrame.from_bytes(image.tobytes(), *image.size).reformat(format=pixels)
+            else:
+                frame = av.VideoFrame.from_image(image).reformat(format=pixels)
             frame.pts = round((start + time) / context.time_base)
             lengths[frame.pts] = round((end - time) / context.time_base)
             frame.time_base = context.time_base
