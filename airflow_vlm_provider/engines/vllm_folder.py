@@ -8,6 +8,7 @@
     <folder>/<key>/keeper.lock    locked by the server's keeper for as long as that lives
     <folder>/<key>/gate.lock      locked for moments, by whoever decides something
     <folder>/<key>/leases/<uuid>  one for each task that uses the server, locked by it
+    <folder>/<key>/pins/<hash>    one for each DAG run that wants the server kept between its tasks
     <folder>/gpus/<gpu>.lock      locked by the keeper whose server runs on that GPU
     <folder>/gpus/<gpu>.wanted    locked by keepers that wait for it
 
@@ -16,6 +17,7 @@ Invariants:
 - What counts is who holds a lock, never what a file says: the kernel releases a lock when its holder dies, however.
 - Whether there is a keeper, and who holds leases, is only looked at and changed behind the gate. So no lease is given
   on a server whose keeper has decided to stop it, and no two keepers are started for one key.
+- A pin is no lock: it outlives the task that left it. It has an end, and means nothing once all workers are gone.
 - Locks are ``flock``'s, which belong to an open file: a keeper is born with the one that its task took for it.
 """
 
@@ -23,9 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -96,7 +100,8 @@ class EngineFolder:
                 f"{self.path} belongs to another user; set [vlm] engine_dir to a folder of your own."
             )
         folder = self.path / key
-        (folder / "leases").mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("leases", "pins"):
+            (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         return ServerFolder(folder)
 
     @contextlib.contextmanager
@@ -181,6 +186,32 @@ class ServerFolder:
                     holders.append(json.loads(os.pread(file, 65536, 0)))
         return holders
 
+    def pin(self, name: str, *, until: float) -> None:
+        """Have the server kept, though no task uses it. Behind the gate.
+
+        :param name: For what: :meth:`unpin` takes the same.
+        :param until: Until when at most, in seconds since the epoch.
+        """
+        self._write(self._pin(name), {"name": name, "until": until})
+
+    def unpin(self, name: str) -> bool:
+        """Take a pin back; whether there was one. Behind the gate."""
+        path = self.path / self._pin(name)
+        found = path.exists()
+        path.unlink(missing_ok=True)
+        return found
+
+    def pins(self) -> list[str]:
+        """What the server is kept for; what has ended is removed. Behind the gate."""
+        names = []
+        for path in (self.path / "pins").glob("*"):
+            pin = json.loads(path.read_bytes())
+            if pin["until"] > time.time():
+                names.append(pin["name"])
+            else:
+                path.unlink(missing_ok=True)
+        return names
+
     def write_spec(self, spec: Mapping[str, Any]) -> None:
         """Note what the server is started with."""
         self._write("spec.json", dict(spec))
@@ -217,9 +248,13 @@ class ServerFolder:
             tail = tail[tail.find(b"\n") + 1 :]
         return tail.decode(errors="replace")
 
+    @staticmethod
+    def _pin(name: str) -> str:
+        return f"pins/{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
         # Whoever reads sees the whole old one or the whole new one.
-        file, path = tempfile.mkstemp(prefix=name, dir=self.path)
+        file, path = tempfile.mkstemp(prefix="new-", dir=self.path)
         try:
             with os.fdopen(file, "w") as stream:
                 json.dump(data, stream)

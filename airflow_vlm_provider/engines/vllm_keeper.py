@@ -10,7 +10,7 @@ Invariants:
 - The server does not outlive it: a guard, a process that does nothing but wait for the keeper's end, then ends the
   server with all of its processes. Only after that are the keeper's locks free, because the guard holds them, too.
 - It stops when there was no lease for the idle time; when there is none and another keeper wants its GPU; and when
-  there is none and the worker processes of all that ever were are gone.
+  there is none and the worker processes of all that ever were are gone. A pin counts like a lease, but for the last.
 """
 
 from __future__ import annotations
@@ -228,11 +228,12 @@ class Keeper:
             self._write()
         with self._server.gate():
             holders = self._server.leases()
+            pinned = bool(self._server.pins())
             for holder in holders:
                 owner = holder["owner"]
                 self._owners.add(None if owner is None else (owner["pid"], owner["started"]))
             wanted = self._has_gpus and any(self._folder.is_wanted(gpu) for gpu in self._spec.gpus)
-            if holders:
+            if holders or pinned:
                 self._unused_since = time.monotonic()
                 if wanted and self._state.phase == "ready":
                     self._enter("draining")
@@ -240,8 +241,8 @@ class Keeper:
                     self._enter("ready")
             unused = time.monotonic() - self._unused_since
             # Whoever had this started has held a lease since before.
-            unneeded = wanted or unused > self._settings.idle_timeout or self._is_deserted()
-            over = told or (not holders and unneeded)
+            unneeded = not pinned and (wanted or unused > self._settings.idle_timeout)
+            over = told or (not holders and (unneeded or self._is_deserted()))
             if over:
                 self._enter("stopping")
         return over

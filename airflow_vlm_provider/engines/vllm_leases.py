@@ -115,6 +115,11 @@ class Lease:
         with self.server.gate():
             return not self.server.has_keeper()
 
+    def pin(self, name: str, *, until: float) -> None:
+        """Have the server kept, though no task uses it; see :meth:`ServerFolder.pin`. While the lease is held."""
+        with self.server.gate():
+            self.server.pin(name, until=until)
+
     def release(self) -> None:
         """Give the claim back; nothing happens when there is none."""
         lease, self._lease = self._lease, None
