@@ -116,7 +116,7 @@ class VLLMEngine:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="vlm-lease")
         self._stopped.clear()
         try:
-            self._lease = await self._in_thread(self._make_lease)
+            self._lease = await self._in_thread(self.make_lease)
             self._server = asyncio.get_running_loop().create_future()
             self._server.set_result(await self._attach())
         except BaseException:
@@ -159,7 +159,12 @@ class VLLMEngine:
             attempts=MAX_LOSSES,
         )
 
-    def _make_lease(self) -> Lease:
+    def make_lease(self) -> Lease:
+        """A claim on the server, which is not taken yet. Blocks for a moment.
+
+        :raises ConfigError: the worker has not the GPUs that are asked for.
+        :raises PermissionError: the engine folder is another user's.
+        """
         spec = ServerSpec(
             model=self.model,
             revision=self._revision,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -119,6 +120,18 @@ class Lease:
         """Have the server kept, though no task uses it; see :meth:`ServerFolder.pin`. While the lease is held."""
         with self.server.gate():
             self.server.pin(name, until=until)
+
+    def unpin(self, name: str) -> bool:
+        """Take a pin back, and stop the server if nobody needs it; whether it is stopped."""
+        with self.server.gate():
+            pinned = self.server.unpin(name)
+            state = self.server.read_state()
+            needed = self.server.leases() or self.server.pins()
+            if not pinned or needed or state is None or not self.server.has_keeper():
+                return False
+            if state.keeper_pid is not None:
+                os.kill(state.keeper_pid, signal.SIGTERM)
+        return True
 
     def release(self) -> None:
         """Give the claim back; nothing happens when there is none."""

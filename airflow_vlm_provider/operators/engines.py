@@ -15,6 +15,7 @@ from airflow_vlm_provider.errors import ConfigError
 
 if TYPE_CHECKING:
     from airflow_vlm_provider.engines.base import Engine
+    from airflow_vlm_provider.engines.vllm import VLLMEngine
     from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
     from airflow_vlm_provider.hooks.vlm import VLMHook
 
@@ -103,25 +104,53 @@ def make_engine(
             **own,
         )
     if kind == "vllm":
-        from airflow_vlm_provider.engines.vllm import VLLMEngine
-        from airflow_vlm_provider.engines.vllm_spec import read_command
-
-        args = {**settings.engine_args, **_of_vllm(options.local), **(model_params or {})}
-        configured = engine_config()
-        return VLLMEngine(
+        return make_vllm_engine(
+            hook,
             model=model,
-            folder=configured.folder,
-            revision=args.pop("revision", None),
-            gpus=args.pop("gpus", None),
-            engine_args=args,
-            command=read_command(configured.command),
-            settings=configured.keeper,
-            holder=holder,
-            concurrency=concurrency or settings.max_concurrency or VLLM_CONCURRENCY,
-            timeout=settings.timeout,
+            concurrency=concurrency,
+            # vLLM makes its own batches.
+            model_params={
+                **{name: value for name, value in options.local.items() if name != "gpu_batch_size"},
+                **(model_params or {}),
+            },
             detail=options.detail,
+            holder=holder,
         )
     raise ConfigError(f"engine={kind!r} is not known; use 'openai', 'vllm' or 'transformers'.")
+
+
+def make_vllm_engine(
+    hook: VLMHook,
+    *,
+    model: str | None,
+    model_params: Mapping[str, Any] | None,
+    concurrency: int | None = None,
+    detail: str | None = None,
+    holder: Mapping[str, Any] | None = None,
+) -> VLLMEngine:
+    """Make the engine that asks a vLLM server of the worker.
+
+    :param model_params: Engine arguments by vLLM's own names, over the connection's.
+    :raises ConfigError: an argument can't be given, or Airflow's configuration is wrong.
+    """
+    from airflow_vlm_provider.engines.vllm import VLLMEngine
+    from airflow_vlm_provider.engines.vllm_spec import read_command
+
+    settings, configured = hook.settings, engine_config()
+    args = {**settings.engine_args, **(model_params or {})}
+    return VLLMEngine(
+        model=model or settings.model or DEFAULT_MODEL,
+        folder=configured.folder,
+        revision=args.pop("revision", None),
+        gpus=args.pop("gpus", None),
+        engine_args=args,
+        command=read_command(configured.command),
+        settings=configured.keeper,
+        holder=holder,
+        concurrency=concurrency or settings.max_concurrency or VLLM_CONCURRENCY,
+        timeout=settings.timeout,
+        detail=detail,
+    )
 
 
 @dataclass(frozen=True)
@@ -160,11 +189,6 @@ def engine_config() -> EngineConfig:
         command=conf.get("vlm", "vllm_command", fallback=""),
         keeper=KeeperSettings(**seconds),
     )
-
-
-def _of_vllm(local: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an operator's arguments for local models is one of vLLM's, which makes its own batches."""
-    return {name: value for name, value in local.items() if name != "gpu_batch_size"}
 
 
 def _whole(name: str, value: Any) -> int:
