@@ -28,7 +28,7 @@ def helper(text):
 
 @passed_on(1, retries=2)
 def prompt(sample):
-    return helper(sample["text"]) + str([word for word in WORDS]) + str(math.pi)
+    return helper(sample["text"]) + str([word for word in sample["text"] if word in WORDS]) + str(math.pi)
 
 def made(style):
     def inner(sample):

@@ -221,6 +221,13 @@ def test_a_whole_model_at_the_very_limit_is_an_answer():
     assert result.rows[0]["answer"]["count"] == 2
 
 
+def test_a_model_that_was_cut_is_not_read_as_it_was_meant():
+    said = "{what: 'dog', count: 1, count: 2"
+    assert failure(step(output_type=Seen, try_num=1), {}, [Choice(said, "length")]).kind == "cut_short"
+    result, _ = drive(step(output_type=Seen), {}, [f"{said}}}"])
+    assert result.rows[0]["answer"] == {"what": "dog", "count": 2}
+
+
 def test_several_answers_are_one_request_and_only_what_is_missing_is_asked_for_again():
     result, asked = drive(step(n=3), {}, ["one", "", "three"], ["two"])
     assert result.rows[0]["answer"] == ["one", "three", "two"]
