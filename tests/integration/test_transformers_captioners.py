@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,43 @@ def test_answers_in_a_batch_are_those_that_each_request_gets_alone(models, famil
     assert max(sizes) == (2 if family == "qwen-base" else 6)
     assert len({texts(answer)[0] for answer in alone}) > 6
     assert {answer.choices[0].finish_reason for answer in alone} <= {"stop", "length"}
+
+
+def documented_caption(checkpoint: str, family: str, request: Request) -> str:
+    """What the library's own documentation has one write for this kind of model, one picture at a time."""
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    image = Image.open(io.BytesIO(request.parts[0].data)).convert("RGB")
+    options: dict[str, Any] = {
+        "max_new_tokens": request.sampling["max_tokens"],
+        "num_beams": 1,
+        "do_sample": False,
+    }
+    inputs = dict(processor(images=image, text=request.completion, return_tensors="pt"))
+    if family == "git":
+        # The prompt follows the first token, and none follows the prompt.
+        ids = processor.tokenizer(request.completion, add_special_tokens=False)["input_ids"]
+        inputs["input_ids"] = torch.tensor([[processor.tokenizer.cls_token_id, *ids]])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    elif not request.completion and family in ("blip", "blip2-opt"):
+        inputs = dict(processor(images=image, return_tensors="pt"))
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, **options)[0].tolist()
+    new = tokens[-request.sampling["max_tokens"] :]
+    return processor.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("family", [family for family in MAKERS if family != "qwen-base"])
+@pytest.mark.parametrize("completion", ["", "a photo of"])
+def test_answers_are_those_that_the_library_documents(models, family, completion):
+    requests = [caption(number, completion) for number in range(4)]
+    for asked, answer in zip(requests, answers_of(models[family], requests), strict=True):
+        assert answer.choices[0].finish_reason == "length"
+        assert texts(answer)[0] == documented_caption(models[family], family, asked)
 
 
 @every_family
