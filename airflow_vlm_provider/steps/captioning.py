@@ -148,8 +148,9 @@ class CaptioningStep(ABC):
         distinct = list(dict.fromkeys(places))
         runs = [self._captions(row, *place) for place in distinct]
         ended = yield from together(runs, may_fail=self._may_stay_bare)
-        if all(isinstance(each, SampleError) for each in ended):
-            raise ended[0]  # type: ignore[misc]
+        errors = [each for each in ended if isinstance(each, SampleError)]
+        if len(errors) == len(ended):
+            raise _first_of(errors)
         found = {
             place: each if isinstance(each, Captioned) else None
             for place, each in zip(distinct, ended, strict=True)
@@ -162,3 +163,10 @@ class CaptioningStep(ABC):
             fields = self._fields(row, captioned, number)
             rows.append({**row, **fields, self.text_key: text})
         return Result(rows=tuple(rows))
+
+
+def _first_of(errors: Sequence[SampleError]) -> SampleError:
+    """The first error, which stands for all: when it is asked about again, then about all of them."""
+    if all(error.keys for error in errors):
+        errors[0].keys = tuple(key for error in errors for key in error.keys)
+    return errors[0]

@@ -287,6 +287,19 @@ def test_with_any_a_useless_answer_costs_nobody_elses(place):
     assert len(found) == 2
 
 
+def test_with_any_a_dead_letter_is_asked_again_about_all_its_images(place):
+    shard, captioning = (
+        place.shard("a.jsonl", [{"text": "", "images": ["a", "b"]}]),
+        ImageCaptioningFromGPT4VStep(),
+    )
+    place.run(CandidateEngine(lambda about, number: REFUSAL), shard, step=captioning)
+    assert [each["media"] for each in letters(place, captioning.name)] == ["a"]
+    engine = CandidateEngine()
+    place.run(engine, shard, step=captioning, failed_only=True)
+    assert engine.asked == [b"a", b"b"]
+    assert place.output()[1]["text"] == f"{IMAGE} a 0 {IMAGE} b 0 {EOC}"
+
+
 def test_a_picture_that_appears_later_is_captioned_then(place):
     shard = place.shard("a.jsonl", [{"text": "", "images": ["a", "missing"]}])
     captioning = ImageCaptioningFromGPT4VStep(keep_original_sample=False)
