@@ -23,12 +23,15 @@ from airflow_vlm_provider.shards.video_files import PositionReader, VideoFile
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
 
 # libav's names of containers that hold everything themselves. Not among them: hls, dash, concat, sdp, imf, image2 and
 # all others that lead elsewhere, and raw streams, which have no times.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,apng"
 _CONTAINERS_SHOWN = "MP4, MOV, MKV, WebM, AVI, MPEG-TS, MPEG, FLV, Ogg, WMV, GIF"
+# Of every decoder, as pictures may be larger than the header says.
+LIMITS = {"max_pixels": str(MAX_DECODED_PIXELS)}
 # Bytes that libav asks for at once.
 _BUFFER_BYTES = 128 * 1024
 _FEW_BYTES = 64
@@ -68,11 +71,12 @@ def open_video(file: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     reader = file.reader()
     try:
         file.check()
-        container = _open(av, file, reader)
+        container = _open(av, file, reader, **LIMITS)
         try:
             with _libav_errors(av, reader):
                 stream = _main_stream(container)
-                check_size(stream.codec_context.width, stream.codec_context.height)
+                _check_header(av, file, stream.codec_context)
+                stream.codec_context.options = dict(LIMITS)
                 yield container, stream
                 if reader.failed is not None:
                     # libav may have taken it for the end.
@@ -89,40 +93,47 @@ def seconds(time: int | None, base: Fraction | None) -> float | None:
     return None if time is None or base is None else float(time * base)
 
 
-def _open(av: Any, file: VideoFile, reader: PositionReader) -> InputContainer:
-    try:
-        with _libav_errors(av, reader):
-            try:
-                container: InputContainer = av.open(
-                    reader,
-                    mode="r",
-                    buffer_size=_BUFFER_BYTES,
-                    # Damaged titles are no reason to refuse pictures.
-                    metadata_errors="replace",
-                    options={
-                        "format_whitelist": CONTAINERS,
-                        "protocol_whitelist": "none",
-                        "max_pixels": str(MAX_DECODED_PIXELS),
-                    },
-                    io_open=_refuse_to_open,
-                )
-            except (av.error.InvalidDataError, av.error.ArgumentError) as error:
-                if reader.failed is None:
-                    raise _no_video(av, file, error) from error
-                raise
-    except _LeadsElsewhereError as error:
-        raise SampleError(
-            "media_refused", f"The video refers to another file, {error}, which is not read."
-        ) from error
+def _open(av: Any, file: VideoFile, reader: PositionReader, **options: str) -> InputContainer:
+    with _libav_errors(av, reader):
+        try:
+            container: InputContainer = av.open(
+                reader,
+                mode="r",
+                buffer_size=_BUFFER_BYTES,
+                # Damaged titles are no reason to refuse pictures.
+                metadata_errors="replace",
+                # Three locks, as each leaves something open to some demuxer that the others don't.
+                options={"format_whitelist": CONTAINERS, "protocol_whitelist": "none", **options},
+                io_open=_refuse_to_open,
+            )
+        except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+            if reader.failed is None:
+                raise _no_video(av, file, error) from error
+            raise
     return container
 
 
-class _LeadsElsewhereError(Exception):
-    """Something would be opened besides the file itself."""
-
-
 def _refuse_to_open(url: str, _flags: int, _options: dict[str, str]) -> Any:
-    raise _LeadsElsewhereError(repr(url[:_SHOWN_CHARS]))
+    raise SampleError(
+        "media_refused", f"The video refers to another file, {url[:_SHOWN_CHARS]!r}, which is not read."
+    )
+
+
+def _check_header(av: Any, file: VideoFile, codec: VideoCodecContext) -> None:
+    """Refuse a video whose header says that it is too large."""
+    check_size(codec.width, codec.height)
+    if codec.width and codec.height:
+        return
+    # What is beyond the limit is not told. Without the limit, nothing must be decoded to find it out.
+    container = _open(av, file, file.reader(), skip_frame="all")
+    try:
+        codec = _main_stream(container).codec_context
+        check_size(codec.width, codec.height)
+    finally:
+        container.close()
+    raise SampleError(
+        "media_corrupt", "The video does not say how large it is, or more than any decoder takes."
+    )
 
 
 def _main_stream(container: InputContainer) -> VideoStream:

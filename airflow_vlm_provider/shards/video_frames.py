@@ -50,6 +50,8 @@ _EARLIER_S = (1.0, 3.0, 10.0, 100.0)
 _ROUNDING_S = 0.002
 # What was recorded in the middle of something begins with what nobody can decode.
 _MOST_LOST_AT_START_S = 2.0
+# Some codecs have packets that only others refer to.
+_MOST_WITHOUT_PICTURE = 2
 # Codecs with pictures that no other one refers to, whose decoders can leave them out.
 _SKIPPABLE = frozenset({"h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video", "vc1", "wmv3"})
 # A file of a few megabytes can hold weeks of pictures. This is ten hours of 720p with a single keyframe. Every packet
@@ -117,7 +119,7 @@ class VideoFrames:
     _sought: bool
     _keyframe: float | None
     _left_out: float
-    _lost: float
+    _sent: deque[float]
     _latest: float
 
     def __init__(self, container: InputContainer, stream: VideoStream, facts: VideoFacts) -> None:
@@ -172,6 +174,9 @@ class VideoFrames:
         while self._next is None or self._time(self._next) <= time:
             if self._next is not None:
                 self._shown, self._next = self._next, None
+                begins = self._time(self._shown)
+                while self._sent and self._sent[0] <= begins:
+                    self._sent.popleft()
             if not self._decode_next(time):
                 return
 
@@ -220,11 +225,12 @@ class VideoFrames:
         self.stream.codec_context.skip_frame = "NONREF" if unseen else "DEFAULT"
         if unseen and at is not None:
             self._left_out = max(self._left_out, at)
-        if not self._take(packet) and at is not None:
-            self._lost = max(self._lost, at)
+        if at is not None:
+            self._sent.append(at)
+        self._take(packet)
 
-    def _take(self, packet: Packet[VideoStream] | None) -> bool:
-        """Have a packet decoded, None being the end; False when it can't be."""
+    def _take(self, packet: Packet[VideoStream] | None) -> None:
+        """Have a packet decoded, None being the end."""
         codec = self.stream.codec_context
         self.decoded += 1
         self._pixels_left -= max(codec.width * codec.height, _PACKET_PIXELS)
@@ -237,19 +243,16 @@ class VideoFrames:
         try:
             frames = codec.decode(packet)
         except EOFError:
-            return True
+            return
         except self._libav_error as error:
             if isinstance(error, (MemoryError, NotImplementedError)):
                 raise
-            return False
+            return
         for frame in frames:
             self._give_time(frame)
-            # Made up from what was lost of it.
-            if frame.is_corrupt:
-                self._lost = max(self._lost, self._time(frame))
-            else:
+            # Else made up from what was lost of it.
+            if not frame.is_corrupt:
                 self._pictures.append(frame)
-        return True
 
     def _checked(self, time: float) -> VideoFrame:
         """Return the picture that is shown, if it is the right one."""
@@ -271,7 +274,8 @@ class VideoFrames:
                 f"The video is cut short: it ends after {ends:.1f} of {facts.duration:.1f} seconds, and second "
                 f"{time:.1f} was asked for.",
             )
-        if begins < self._lost <= time and time - ends > facts.slack:
+        lost = sum(begins < at <= time for at in self._sent)
+        if lost > _MOST_WITHOUT_PICTURE and time - ends > facts.slack:
             raise SampleError(
                 "media_corrupt", f"The video is damaged: it can't be decoded around second {time:.1f}."
             )
@@ -298,7 +302,8 @@ class VideoFrames:
         self._next = None
         self._keyframe = None
         self._flushed = False
-        self._left_out = self._lost = self._latest = float("-inf")
+        self._sent = deque()
+        self._left_out = self._latest = float("-inf")
 
     def _packet_time(self, packet: Packet[VideoStream]) -> float | None:
         at = seconds(packet.pts, packet.time_base)

@@ -208,11 +208,18 @@ def test_transparency_becomes_white() -> None:
     assert min(low for low, _ in image.getextrema()) > 250  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("height", "matrix"), [(64, "smpte170m"), (720, "bt709"), (720, "smpte170m")])
-@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize(
+    ("height", "matrix", "said"),
+    [
+        (64, "smpte170m", True),
+        (64, "bt709", True),
+        (720, "smpte170m", True),
+        (720, "bt709", True),
+        (64, "smpte170m", False),
+        (720, "bt709", False),
+    ],
+)
 def test_colours_are_right(height: int, matrix: str, said: bool) -> None:
-    if not said and matrix != ("bt709" if height >= 720 else "smpte170m"):
-        pytest.xfail("nobody can know")
     data = _coloured((120, 200, 40), (64, height), matrix if said else None, matrix)
     (image,) = images_of(load(data, TWO_A_SECOND))
     assert all(abs(a - b) <= 3 for a, b in zip(image.getpixel((20, 20)), (120, 200, 40), strict=True))  # type: ignore[arg-type]
@@ -319,7 +326,8 @@ def test_a_clip_plays_as_long_as_what_it_is_of(
 @pytest.mark.parametrize("seconds", [1, 30, 36_000])
 def test_opencv_reads_clips(count: int, seconds: int, tmp_path: Path) -> None:
     """Servers read what they get by OpenCV: the number of pictures, the rate, and then one after the other."""
-    cv2 = pytest.importorskip("cv2")
+    import cv2
+
     times = [k * seconds / 97 for k in range(97)]
     data = video(times=times, last=seconds / 97, b_frames=0)
     sampling = FrameSampling(fps=1000, max_frames=count)
