@@ -144,6 +144,7 @@ def get_provider_info() -> dict[str, Any]:
                     "airflow_vlm_provider.operators.image_captioning_gpt4v",
                     "airflow_vlm_provider.operators.video_captioning",
                     "airflow_vlm_provider.operators.vlm_map",
+                    "airflow_vlm_provider.operators.engine_servers",
                     "airflow_vlm_provider.operators.redrive",
                     "airflow_vlm_provider.operators.export",
                 ],

@@ -104,6 +104,14 @@ def test_answers_stand_in_the_field_of_jsonl_and_parquet_shards(place):
     assert len(place.engine.asked) == ROWS
 
 
+def test_what_stands_for_media_in_the_text_is_the_operators_to_say(place):
+    (place.root / "in" / "c.jsonl").write_text('{"text": "<i>a dog<e>"}\n{"text": "<__dj__image>"}\n')
+    place.run(
+        prompt="{text}", shards="c.jsonl", images=False, image_special_token="<i>", eoc_special_token="<e>"
+    )
+    assert sorted(place.engine.asked) == ["<__dj__image>", "a dog"]
+
+
 def test_a_models_values_stand_in_typed_columns(place):
     place.answering(lambda about: '{"what": "dot", "sizes": [1, 2]}')
     place.run(field="seen", output_type=Seen)
