@@ -92,6 +92,40 @@ _CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
         "example": "gpu",
         "default": "",
     },
+    "vllm_command": {
+        "description": (
+            "What starts vLLM's OpenAI-compatible server on a worker, as it would be typed, without arguments; empty for "
+            "the vLLM that is installed beside Airflow. May point into another environment."
+        ),
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "/opt/vllm/bin/vllm serve",
+        "default": "",
+    },
+    "engine_dir": {
+        "description": (
+            "Folder through which the tasks of a worker find its vLLM servers; on a local disk. Empty for "
+            "airflow-vlm-<user id> in the folder for temporary files."
+        ),
+        "version_added": "0.1.0",
+        "type": "string",
+        "example": "/var/lib/airflow/vlm-engines",
+        "default": "",
+    },
+    "engine_idle_timeout": {
+        "description": "Seconds after which a vLLM server that no task uses is stopped.",
+        "version_added": "0.1.0",
+        "type": "float",
+        "example": None,
+        "default": "600",
+    },
+    "engine_start_timeout": {
+        "description": "Seconds that a vLLM server may take until it is ready.",
+        "version_added": "0.1.0",
+        "type": "float",
+        "example": None,
+        "default": "1800",
+    },
     "journal_flush_answers": {
         "description": (
             "How many answers of a shard may wait at most until they are in the journal: what is asked again when "
@@ -146,6 +180,7 @@ def get_provider_info() -> dict[str, Any]:
                     "airflow_vlm_provider.operators.vlm_map",
                     "airflow_vlm_provider.operators.engine_servers",
                     "airflow_vlm_provider.operators.redrive",
+                    "airflow_vlm_provider.operators.engine_servers",
                     "airflow_vlm_provider.operators.export",
                 ],
             }

@@ -37,7 +37,7 @@ with DAG(
     },
     tags=["vlm"],
     doc_md=__doc__,
-):
+) as dag:
     plan = PlanShardsOperator(
         task_id="plan", source="{{ params.source }}", max_tasks="{{ params.max_tasks }}"
     )

@@ -47,7 +47,7 @@ with DAG(
     },
     tags=["vlm"],
     doc_md=__doc__,
-):
+) as dag:
     # A run that was triggered by hand or by an asset may have no logical date.
     day = "{{ (dag_run.logical_date or dag_run.run_after) | ds }}"
     source = "{{ params.source }}/" + day + "/"

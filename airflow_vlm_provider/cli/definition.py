@@ -85,11 +85,41 @@ def get_vlm_cli_commands() -> list[GroupCommand]:
         func=lazy_load_command("airflow_vlm_provider.cli.recipe.check"),
         args=(Arg(("recipe",), help="The recipe's file"), _OUTPUT, _VERBOSE),
     )
+    engines = ActionCommand(
+        name="list",
+        help="List the vLLM servers of this worker",
+        func=lazy_load_command("airflow_vlm_provider.cli.engine.list_engines"),
+        args=(_OUTPUT, Arg(("-v", "--verbose"), help="List those that have ended, too", action="store_true")),
+    )
+    stop = ActionCommand(
+        name="stop",
+        help="Stop vLLM servers of this worker",
+        func=lazy_load_command("airflow_vlm_provider.cli.engine.stop_engine"),
+        args=(
+            Arg(("key",), help="Keys, or their beginnings, as `list` shows them; none for all", nargs="*"),
+            Arg(("--force",), help="Also those that tasks use, which start them again", action="store_true"),
+        ),
+    )
+    logs = ActionCommand(
+        name="logs",
+        help="Show what a vLLM server has printed",
+        func=lazy_load_command("airflow_vlm_provider.cli.engine.engine_logs"),
+        args=(
+            Arg(("key",), help="Its key, or the beginning of it, as `list` shows it"),
+            Arg(("-n", "--lines"), help="How many lines of its end (default: 100)", type=int, default=100),
+            Arg(("-f", "--follow"), help="Go on with what is added, until it ends", action="store_true"),
+        ),
+    )
+    engine = GroupCommand(
+        name="engine",
+        help="The vLLM servers of the worker that this is run on",
+        subcommands=(engines, stop, logs),
+    )
     recipe = GroupCommand(name="recipe", help="Data-Juicer's recipes", subcommands=(check,))
     return [
         GroupCommand(
             name="vlm",
             help="Tag and caption datasets with vision-language models",
-            subcommands=(ledger, recipe),
+            subcommands=(ledger, recipe, engine),
         )
     ]

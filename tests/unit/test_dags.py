@@ -45,7 +45,10 @@ def test_a_dag_parses_and_imports_nothing_heavy(path):
 
 
 def test_there_are_dags_to_look_at():
-    assert [path.stem for path in DAGS] == ["nightly_image_tagging"]
+    assert [path.stem for path in DAGS] == [
+        *("instruction_data", "nightly_image_captioning", "nightly_image_tagging", "tag_then_caption"),
+        "video_captioning",
+    ]
 
 
 # --- the nightly DAG -------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_airflow_finds_the_commands():
 
     groups = {each.name: each.subcommands for each in commands["vlm"].subcommands}
     names = {name: {each.name for each in subcommands} for name, subcommands in groups.items()}
-    assert names == {"ledger": {"show", "prune"}, "recipe": {"check"}}
+    assert names == {"ledger": {"show", "prune"}, "recipe": {"check"}, "engine": {"list", "stop", "logs"}}
     for name, subcommands in groups.items():
         module = importlib.import_module(f"airflow_vlm_provider.cli.{name}")
         for each in subcommands:
