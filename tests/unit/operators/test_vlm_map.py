@@ -17,10 +17,9 @@ from pydantic import BaseModel
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.operators import runners
-from airflow_vlm_provider.operators.redrive import STEPS, RedriveOperator
+from airflow_vlm_provider.operators.redrive import RedriveOperator
 from airflow_vlm_provider.operators.shards import PlanShardsOperator
 from airflow_vlm_provider.operators.vlm_map import VLMMapOperator
-from airflow_vlm_provider.steps.vlm_map import VLMMapStep
 from tests.support.fakes import ScriptedEngine
 from tests.support.images import encode
 
@@ -183,8 +182,7 @@ def test_dead_letters_alone_are_asked_again(place):
     assert [row["answer"]["what"] for row in place.rows()] == [*["dot"] * 3, "late", "dot", "dot"]
 
 
-def test_a_template_is_asked_again_from_what_is_recorded(place, monkeypatch):
-    monkeypatch.setitem(STEPS, VLMMapStep.name, VLMMapStep)
+def test_a_template_is_asked_again_from_what_is_recorded(place):
     place.answering(lambda about: "")
     place.run(prompt="{text}?", shards="a.jsonl", max_error_rate=1.0)
     engine = place.answering(lambda about: "late")
