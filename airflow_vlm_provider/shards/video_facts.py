@@ -29,7 +29,7 @@ _WITH_TABLE = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "gif"})
 _MOST_FPS = 500.0
 _GUESSED_FPS = 25.0
 # Where packets aren't in the order of their times, the last one is not the last picture's.
-_TAIL_S = 2.0
+_TAIL_S, _TAIL_FRAMES = 2.0, 16
 # How much of a video's end may be missing: headers are rounded, and sound is padded.
 _LEAST_SLACK_FRAMES = 2
 _SLACK_SHARE = 0.05
@@ -82,7 +82,8 @@ def _facts(file: VideoFile) -> VideoFacts:
             own = seconds(stream.duration, stream.time_base) or declared
             # Where it can't be sought, what is read is the rest, or nothing.
             with contextlib.suppress(import_av().error.FFmpegError):
-                container.seek(int((start + own - _TAIL_S) / stream.time_base), stream=stream)
+                tail = start + own - max(_TAIL_S, _TAIL_FRAMES / fps)
+                container.seek(int(tail / stream.time_base), stream=stream)
             ends = _ends(container, stream, fps)
     if ends.video is None and not (has_table and declared):
         with open_video(file) as (container, stream):

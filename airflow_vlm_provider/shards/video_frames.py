@@ -46,6 +46,8 @@ _LEAST_SEEK_S = 1.0
 # How far before a time to seek when what can be decoded from there on begins after it: not every container is sought
 # by keyframes, indexes are wrong, and keyframes are none.
 _EARLIER_S = (1.0, 3.0, 10.0, 100.0)
+# Of two times that are equal, one comes out a little greater by reckoning.
+_EQUAL_S = 1e-6
 # Times in some containers are whole milliseconds.
 _ROUNDING_S = 0.002
 # What was recorded in the middle of something begins with what nobody can decode.
@@ -171,7 +173,7 @@ class VideoFrames:
             self._advance(time)
 
     def _advance(self, time: float) -> None:
-        while self._next is None or self._time(self._next) <= time:
+        while self._next is None or self._time(self._next) <= time + _EQUAL_S:
             if self._next is not None:
                 self._shown, self._next = self._next, None
                 begins = self._time(self._shown)
