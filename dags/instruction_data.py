@@ -46,7 +46,7 @@ with DAG(
         ImageCaptioningFromGPT4VOperator.partial(
             task_id=mode,
             source="{{ params.source }}",
-            destination="{{ params.destination }}/" + mode,
+            destination="{{ params.destination.rstrip('/') }}/" + mode,
             mode=mode,
             max_token=800,
             temperature=0.7,

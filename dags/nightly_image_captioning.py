@@ -50,14 +50,14 @@ with DAG(
 ) as dag:
     # A run that was triggered by hand or by an asset may have no logical date.
     day = "{{ (dag_run.logical_date or dag_run.run_after) | ds }}"
-    source = "{{ params.source }}/" + day + "/"
+    source = "{{ params.source.rstrip('/') }}/" + day + "/"
 
     plan = PlanShardsOperator(task_id="plan", source=source, max_tasks="{{ params.max_tasks }}")
 
     ImageCaptioningOperator.partial(
         task_id="caption",
         source=source,
-        destination="{{ params.destination }}/" + day + "/",
+        destination="{{ params.destination.rstrip('/') }}/" + day + "/",
         engine="transformers",
         hf_img2seq="{{ params.model }}",
         caption_num=4,

@@ -44,14 +44,14 @@ with DAG(
             task_id="tag",
             source="{{ params.source }}",
             shards=shards,
-            destination="{{ params.destination }}/_tagged",
+            destination="{{ params.destination.rstrip('/') }}/_tagged",
             max_pixels=1024 * 1024,
             # Whole shards, also of those that embed their images: the next step reads them.
             output="full",
         )
         caption = ImageCaptioningOperator(
             task_id="caption",
-            source="{{ params.destination }}/_tagged",
+            source="{{ params.destination.rstrip('/') }}/_tagged",
             shards=shards,
             destination="{{ params.destination }}",
             # The images stay where they are.

@@ -12,12 +12,13 @@ from dataclasses import asdict, replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import Asset, BaseOperator
+from airflow.sdk import Asset
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.operators.engines import EngineOptions
-from airflow_vlm_provider.operators.parameters import check_partial
+from airflow_vlm_provider.operators.parameters import check_partial, refuse_key
+from airflow_vlm_provider.operators.placement import PlacedOperator
 from airflow_vlm_provider.operators.plans import shards_label
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 PROGRESS_SECONDS = 10.0
 
 
-class ShardOperator(BaseOperator):
+class ShardOperator(PlacedOperator):
     """
     Base of the operators that take shards through one step.
 
@@ -51,7 +52,9 @@ class ShardOperator(BaseOperator):
     :param is_api_model: True asks the connection's endpoint whatever engine the connection names.
     :param engine: ``openai`` (the connection's endpoint), ``vllm`` (a server on the worker, shared by all tasks there
         and started by the first) or ``transformers`` (in the task's own process); None takes the connection's, or else
-        ``openai``.
+        ``openai``. With ``vllm`` and ``transformers`` the task goes to ``[vlm] gpu_queue`` and ``gpu_pool`` of Airflow's
+        configuration, unless it is given a ``queue`` or ``pool``; with None it goes there only if its ``queue`` says so,
+        because what the connection says is not known when a DAG is parsed.
     :param api_endpoint: Path below the base URL that requests go to, or a full URL (``openai`` engine only).
     :param response_path: Where the text stands in the endpoint's answer, as in ``choices.0.message.content``
         (``openai`` engine only).
@@ -134,10 +137,11 @@ class ShardOperator(BaseOperator):
         storage_conn_id: str | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_key(kwargs)
         # Not setdefault(): a mapped operator is made with an explicit None.
         if kwargs.get("map_index_template") is None:
             kwargs["map_index_template"] = "{{ shard_name }}"
-        super().__init__(**kwargs)
+        super().__init__(engine=engine, **kwargs)
         self.source = source
         self.shards = shards
         self.destination = destination
@@ -145,7 +149,6 @@ class ShardOperator(BaseOperator):
         self.aws_conn_id = aws_conn_id
         self.api_or_hf_model = api_or_hf_model
         self.is_api_model = is_api_model
-        self.engine = engine
         self.api_endpoint = api_endpoint
         self.response_path = response_path
         self.model_params = model_params

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from airflow_vlm_provider.operators.aliases import model_alias
@@ -61,7 +60,6 @@ class ImageCaptioningFromGPT4VOperator(ShardOperator):
         missing_placeholders: str = "error",
         **kwargs: Any,
     ) -> None:
-        _refuse_key(kwargs)
         alias = model_alias("model", {"model": model, **kwargs})
         super().__init__(**{**kwargs, **alias})
         self.mode = mode
@@ -83,7 +81,6 @@ class ImageCaptioningFromGPT4VOperator(ShardOperator):
 
         :raises ConfigError: a parameter is wrong.
         """
-        _refuse_key(kwargs)
         model_alias("model", kwargs)
         return super().partial(**kwargs)
 
@@ -120,12 +117,4 @@ class ImageCaptioningFromGPT4VOperator(ShardOperator):
                 self.audio_special_token,
                 self.eoc_special_token,
             ),
-        )
-
-
-def _refuse_key(given: Mapping[str, Any]) -> None:
-    if "api_key" in given:
-        raise ParameterError(
-            "api_key is no argument of this operator: an API key belongs into the password of the connection that "
-            "vlm_conn_id names, where it is encrypted and masked in logs. Remove it from the DAG."
         )

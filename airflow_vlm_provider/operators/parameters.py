@@ -53,11 +53,24 @@ def check_parameters(given: Any) -> None:
         raise ParameterError(str(error)) from None
 
 
+def refuse_key(given: Mapping[str, Any]) -> None:
+    """Refuse an API key among an operator's arguments, before anything repeats it.
+
+    :raises ParameterError: there is one.
+    """
+    if "api_key" in given:
+        raise ParameterError(
+            "api_key is no argument of this operator: an API key belongs into the password of the connection that "
+            "vlm_conn_id names, where it is encrypted and masked in logs. Remove it from the DAG."
+        )
+
+
 def check_partial(operator: type, kwargs: Mapping[str, Any]) -> None:
     """Check what ``partial()`` was given, with the defaults for what is still to be mapped.
 
     :raises ParameterError: as :func:`check_parameters`.
     """
+    refuse_key(kwargs)
     values: dict[str, Any] = {}
     for base in reversed(operator.__mro__):
         if "__init__" in vars(base) and getattr(base, "make_step", None):

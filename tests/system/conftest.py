@@ -23,6 +23,7 @@ from tests.support.stub_endpoint import StubServer, start_stub
 
 REPOSITORY = Path(__file__).parents[2]
 API_KEY = "sk-system-test-4f7a1c9e"
+DEMO_MODEL = {"engine": "transformers", "model": str(REPOSITORY / "demo" / "model")}
 # Few, so that what a kill may cost is much less than what a test asks for.
 FLUSH_ANSWERS = 8
 
@@ -129,6 +130,8 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
     for folder in (REPOSITORY, Path(__file__).parent):
         for path in (*folder.glob("dags/*.py"), *folder.glob("dags/*.yaml")):
             shutil.copy(path, dags)
+    for path in REPOSITORY.glob("dags/*.py"):
+        (dags / f"demo_{path.name}").write_text(with_demo_model(path.read_text()))
     with (
         start_s3() as s3,
         start_stub(api_key=API_KEY, models=["stub-vlm"]) as stub,
@@ -142,11 +145,15 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
         env = {
             "AIRFLOW_CONN_AWS_DEFAULT": s3.airflow_connection_json(),
             "AIRFLOW_CONN_VLM_DEFAULT": connection(API_KEY),
+            "AIRFLOW_CONN_VLM_DEMO": json.dumps({"conn_type": "vlm", "extra": DEMO_MODEL}),
             "AIRFLOW_CONN_VLM_STUB": connection(API_KEY),
             "AIRFLOW_CONN_VLM_WRONG_KEY": connection("sk-wrong-key-90125"),
             "AIRFLOW__VLM__JOURNAL_FLUSH_ANSWERS": str(FLUSH_ANSWERS),
             # Only what a test starts is to run.
             "AIRFLOW__SCHEDULER__USE_JOB_SCHEDULE": "False",
+            "HF_HUB_OFFLINE": "1",
+            # Several tasks share this machine's cores.
+            "OMP_NUM_THREADS": "1",
         }
 
         def start(**more: str) -> AirflowInstance:
@@ -156,6 +163,16 @@ def running(tmp_path_factory) -> Iterator[Deployment]:
         for bucket in ("users", "datasets"):
             client.create_bucket(Bucket=bucket)
         yield Deployment(start(), client, stub, start)
+
+
+def with_demo_model(dag: str) -> str:
+    """A DAG's file, changed as its author might: under another name, and with the connection of the demo model."""
+    changed = dag.replace('dag_id="', 'dag_id="demo_').replace(
+        "default_args={", 'default_args={"vlm_conn_id": "vlm_demo", '
+    )
+    assert changed.count("demo_") > 0
+    assert "vlm_demo" in changed
+    return changed
 
 
 @pytest.fixture

@@ -115,8 +115,8 @@ def test_the_connection_supplies_what_the_operator_leaves_open(monkeypatch):
 def test_an_engine_that_cannot_be_had_is_refused_with_its_remedy(monkeypatch):
     with pytest.raises(ConfigError, match="has no host"):
         choose(connect(monkeypatch))
-    with pytest.raises(ConfigError, match="vllm serve"):
-        choose(connect(monkeypatch), engine="vllm")
+    with pytest.raises(ConfigError, match="engine argument 'port' can't be given"):
+        choose(connect(monkeypatch), engine="vllm", model_params={"port": 8000})
     with pytest.raises(ConfigError, match="api_endpoint='/x' is for the engine openai"):
         choose(connect(monkeypatch), engine="transformers", api_endpoint="/x")
     hook = connect(monkeypatch, host="gpu:8000")
@@ -148,3 +148,10 @@ def test_the_label_of_a_mapped_task_names_its_shards():
     for shards, label in (("a.jsonl", "a.jsonl"), (["a.jsonl"], "a.jsonl"), (None, "in")):
         operator(shards=shards).render_template_fields(context)
         assert context["shard_name"] == label
+
+
+def test_a_key_among_the_arguments_is_refused_with_where_it_belongs_and_is_not_repeated():
+    for make in (operator, ImageTaggingVLMOperator.partial):
+        with pytest.raises(ConfigError, match="password of the connection") as caught:
+            make(**({"task_id": "t"} if make is not operator else {}), api_key="sk-hush-123456")
+        assert "hush" not in str(caught.value)
