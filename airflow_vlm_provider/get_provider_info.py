@@ -79,14 +79,20 @@ _CONN_FIELDS: dict[str, dict[str, Any]] = {
 
 _CONFIG_OPTIONS: dict[str, dict[str, Any]] = {
     "gpu_queue": {
-        "description": "Queue that DAGs put tasks with a local engine on; empty for the executor's default.",
+        "description": (
+            "Queue of tasks whose operator says engine vllm or transformers, unless its author gave it another; empty "
+            "leaves them on the default queue."
+        ),
         "version_added": "0.1.0",
         "type": "string",
         "example": "gpu",
         "default": "",
     },
     "gpu_pool": {
-        "description": "Pool that DAGs put tasks with a local engine in; empty for the default pool.",
+        "description": (
+            "Pool of tasks whose operator says engine vllm or transformers, unless its author gave it another; empty "
+            "leaves them in the default pool. A pool has to be made before tasks are scheduled in it."
+        ),
         "version_added": "0.1.0",
         "type": "string",
         "example": "gpu",

@@ -5,21 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from airflow.sdk.bases.decorator import DecoratedOperator, task_decorator_factory
+from airflow.sdk.bases.decorator import DecoratedOperator, _TaskDecorator
 from airflow.sdk.definitions.context import KNOWN_CONTEXT_KEYS
 
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.operators.parameters import ParameterError, check_partial
+from airflow_vlm_provider.operators.placement import place
 from airflow_vlm_provider.operators.vlm_map import VLMMapOperator, step_parameters
 from airflow_vlm_provider.steps.functions import check_function
 from airflow_vlm_provider.steps.vlm_map import VLMMapStep
 
 if TYPE_CHECKING:
     import jinja2
-    from airflow.sdk import Context
+    from airflow.sdk import Context, XComArg
     from airflow.sdk.bases.decorator import TaskDecorator
+    from airflow.sdk.definitions._internal.expandinput import ExpandInput
+    from airflow.sdk.definitions.mappedoperator import MappedOperator
 
     from airflow_vlm_provider.steps.base import Step
 
@@ -98,6 +101,17 @@ class VLMDecoratedOperator(DecoratedOperator, VLMMapOperator):
         return {**wanted, **given}
 
 
+class _VLMTask(_TaskDecorator[..., Any, VLMDecoratedOperator]):
+    """What ``@task.vlm`` makes of a function."""
+
+    def _expand(self, expand_input: ExpandInput, *, strict: bool) -> XComArg:
+        # The operator itself is only made when a task runs, and Airflow asks nobody else where that is to be.
+        result = super()._expand(expand_input, strict=strict)
+        for mapped, _ in result.iter_references():
+            place(cast("MappedOperator", mapped), self.kwargs)
+        return result
+
+
 def vlm_task(python_callable: Callable[..., Any] | None = None, **kwargs: Any) -> TaskDecorator:
     """
     Make a task of a function that gets a sample and returns what to ask about it.
@@ -112,12 +126,13 @@ def vlm_task(python_callable: Callable[..., Any] | None = None, **kwargs: Any) -
     """
     if python_callable is None:
         return functools.partial(vlm_task, **kwargs)  # type: ignore[return-value]
-    return task_decorator_factory(
-        python_callable=task_function(python_callable, kwargs),
+    task = _VLMTask(
+        function=task_function(python_callable, kwargs),
         multiple_outputs=False,
-        decorated_operator_class=VLMDecoratedOperator,
-        **kwargs,
+        operator_class=VLMDecoratedOperator,
+        kwargs=kwargs,
     )
+    return cast("TaskDecorator", task)
 
 
 def task_function(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> Callable[..., Any]:

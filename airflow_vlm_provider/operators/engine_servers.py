@@ -7,11 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from airflow.sdk import BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 
 from airflow_vlm_provider.errors import ConfigError, EngineError
 from airflow_vlm_provider.operators.engines import make_vllm_engine
+from airflow_vlm_provider.operators.placement import PlacedOperator
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from airflow_vlm_provider.engines.vllm import VLLMEngine
 
 
-class _EngineServerOperator(BaseOperator):
+class _EngineServerOperator(PlacedOperator):
     """What both need to name the same server: see :class:`StartEngineOperator`."""
 
     template_fields: Sequence[str] = ("vlm_conn_id", "api_or_hf_model")
@@ -33,11 +33,16 @@ class _EngineServerOperator(BaseOperator):
         model_params: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(engine="vllm", **kwargs)
         self.vlm_conn_id = vlm_conn_id
         self.api_or_hf_model = api_or_hf_model
         self.model_params = model_params
         self._stopped = threading.Event()
+
+    @classmethod
+    def local_engine(cls, told: Mapping[str, Any]) -> str | None:
+        """No other engine has servers on the worker."""
+        return super().local_engine({**told, "engine": "vllm"})
 
     def on_kill(self) -> None:
         """Wait no longer."""
@@ -67,8 +72,8 @@ class StartEngineOperator(_EngineServerOperator):
     Without this the first task that needs a server starts it, and it stops when it was idle for a while. With it the
     model is loaded before the first such task runs, and stays until :class:`StopEngineOperator`::
 
-        start = StartEngineOperator(task_id="start", queue="gpu")
-        stop = StopEngineOperator(task_id="stop", queue="gpu")
+        start = StartEngineOperator(task_id="start")
+        stop = StopEngineOperator(task_id="stop")
         start >> tag >> stop.as_teardown(setups=start)
 
     It is the server of the worker that this task runs on: with several workers on the queue, the others start theirs

@@ -112,6 +112,11 @@ class VideoCaptioningFromVLMOperator(ShardOperator):
         _model_and_engine(kwargs)
         return super().partial(**kwargs)
 
+    @classmethod
+    def local_engine(cls, told: Mapping[str, Any]) -> str | None:
+        """The engine that an operator with these arguments has by its own word."""
+        return "vllm" if told.get("enable_vllm") else super().local_engine(told)
+
     def engine_options(self) -> EngineOptions:
         """Videos are asked of a model that takes them."""
         return EngineOptions(model=dict.fromkeys(ENGINES, DEFAULT_MODEL))
