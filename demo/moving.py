@@ -151,7 +151,7 @@ def encode(frames: Sequence[Image.Image], *, fps: float, crf: int = 18) -> bytes
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        # One thread, so that the same frames give the same bytes.
+        # One thread: with more, the bytes would depend on how many cores there are.
         stream = container.add_stream(
             "libx264",
             rate=Fraction(fps).limit_denominator(1000),
