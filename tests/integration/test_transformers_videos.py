@@ -150,7 +150,8 @@ def test_a_broken_clip_fails_alone(model):
     broken = [
         dataclasses.replace(whole, data=whole.data[: len(whole.data) // 2]),
         dataclasses.replace(whole, data=b""),
-        dataclasses.replace(whole, data=b"#EXTM3U\nhttp://127.0.0.1/secret\n"),
+        # What other formats refer to is none of this machine's business.
+        clip(frames(4), times=HALVES, container="matroska"),
     ]
     answers = answers_of(model, [about(whole), *map(about, broken), about(whole)])
     assert answers[0] == answers[4]

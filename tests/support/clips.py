@@ -25,22 +25,23 @@ def frames(count: int, *, size: tuple[int, int] = (96, 64), first: int = 0) -> l
     return drawn
 
 
-def clip(pictures: Sequence[Image.Image], *, times: Sequence[float], ref: str = "clip.mp4") -> Media:
+def clip(pictures: Sequence[Image.Image], *, times: Sequence[float], container: str = "mp4") -> Media:
     """A clip that shows each picture at its time, and the last one as long as the one before.
 
     :param times: In seconds, in milliseconds' precision.
+    :param container: The format that holds it, whatever its MIME type says.
     """
     import av
 
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=1000, options={"crf": "0", "bf": "0"})
+    with av.open(buffer, "w", format=container) as file:
+        stream: Any = file.add_stream("libx264", rate=1000, options={"crf": "0", "bf": "0"})
         stream.width, stream.height = pictures[0].size
         stream.pix_fmt = "yuv444p"
         stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for picture, time in zip(pictures, times, strict=True):
             frame = av.VideoFrame.from_image(picture)
             frame.time_base, frame.pts = Fraction(1, 1000), round(1000 * time)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return Media("video", "video/mp4", buffer.getvalue(), ref)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return Media("video", "video/mp4", buffer.getvalue(), "clip.mp4")
