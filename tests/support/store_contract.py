@@ -153,7 +153,7 @@ class StoreContract:
     def test_what_is_not_there_is_told(self, store: Store) -> None:
         put(store, "a/b")
         for name in ["none", "a/none", "a/b/c"]:
-            for method in (store.stat, store.open, store.open_seekable):
+            for method in (store.stat, store.open, store.open_version, store.open_seekable):
                 with pytest.raises(FileNotFoundError):
                     method(name)
             with pytest.raises(FileNotFoundError):
@@ -164,7 +164,7 @@ class StoreContract:
     def test_a_directory_is_told(self, store: Store) -> None:
         put(store, "a/b")
         error = IsADirectoryError if self.has_directories else FileNotFoundError
-        for method in (store.stat, store.open, store.open_seekable):
+        for method in (store.stat, store.open, store.open_version, store.open_seekable):
             with pytest.raises(error):
                 method("a")
         with pytest.raises(error):
@@ -176,7 +176,7 @@ class StoreContract:
     def test_no_name_leads_astray(self, store: Store, name: str) -> None:
         put(store, "a/b")
         error = OutsideRootError if name in OUTSIDE else InvalidNameError
-        for method in (store.stat, store.open, store.open_seekable, store.delete):
+        for method in (store.stat, store.open, store.open_version, store.open_seekable, store.delete):
             with pytest.raises(error):
                 method(name)
         for method in (store.read, store.fetch):
@@ -282,6 +282,19 @@ class StoreContract:
         finally:
             stopping.set()
             writer.join()
+
+    def test_a_stream_comes_with_the_entry_of_its_very_version(self, opener: Opener) -> None:
+        store = opener()
+        info = put(store, "a", LONG)
+        stream, entry = store.open_version("a")
+        with stream:
+            assert entry == info
+            assert stream.read() == LONG
+        put(opener(), "a", LONG[::-1])
+        stream, entry = store.open_version("a")
+        with stream:
+            assert entry == store.stat("a") != info
+            assert stream.read() == LONG[::-1]
 
     def test_many_threads_read_one_object(self, store: Store) -> None:
         put(store, "a", LONG)
