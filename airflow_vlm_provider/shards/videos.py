@@ -2,7 +2,9 @@
 
 Which pictures: the time span, cut at the video's end, is divided into equal parts, and of each part the picture in its
 middle is taken. There are as many parts as ``fps`` pictures a second make, rounded, but at least one, at most
-``max_frames``, and no more than the video has pictures.
+``max_frames``, and no more than the video has pictures. For a clip the number is rounded down, to an even one: vLLM
+looks at as many pictures of a clip as its model's own rate makes, in pairs, and would pass over one at its end. A clip
+has at least two, because OpenCV reads nothing of one that has a single picture; that one is then there twice.
 
 A video that is fit already is sent as it is: an MP4 with H.264, upright, asked for from beginning to end, with no more
 pictures than would be taken, no larger than ``max_pixels`` and :data:`MAX_UNTOUCHED_BYTES`. Of every other one, a clip
@@ -71,7 +73,10 @@ def prepare_video(
     with open_frames(file) as video:
         start, end = _span(frames, video.facts)
         wanted = _count(frames, end - start)
-        times = sample_times(start, end, min(wanted, _most_pictures(video.facts, end - start)))
+        count = min(wanted, _most_pictures(video.facts, end - start))
+        if as_video:
+            count = _pairs(frames, end - start, count)
+        times = sample_times(start, end, count)
         taken = video.at(times)
         if not as_video:
             pictures = _pictures(video, max_pixels)
@@ -108,6 +113,13 @@ def _span(frames: FrameSampling, facts: VideoFacts) -> tuple[float, float]:
 
 def _count(frames: FrameSampling, seconds: float) -> int:
     return max(1, min(frames.max_frames, math.floor(seconds * frames.fps + 0.5)))
+
+
+def _pairs(frames: FrameSampling, seconds: float, count: int) -> int:
+    """How many pictures a clip has: in pairs, and no faster than was asked for."""
+    # Times are no whole numbers of anything: what is a hair too little is meant.
+    slow = math.floor(seconds * frames.fps + 1e-3)
+    return max(2, min(count, slow) // 2 * 2)
 
 
 def _most_pictures(facts: VideoFacts, seconds: float) -> int:
@@ -150,7 +162,7 @@ def _is_fit(
         and not brand.startswith("qt")
         and codec.name == "h264"
         and codec.pix_fmt in ("yuv420p", "yuvj420p")
-        and 0 < video.facts.frames <= wanted
+        and 1 < video.facts.frames <= wanted
         and is_upright(first)
         and (stream.sample_aspect_ratio or 1) == 1
         and (max_pixels is None or first.width * first.height <= max_pixels)
