@@ -14,6 +14,7 @@ from airflow.cli.simple_table import AirflowConsole
 from airflow.utils.cli import suppress_logs_and_warning
 from airflow.utils.providers_configuration_loader import providers_configuration_loaded
 
+from airflow_vlm_provider.engines.file_locks import is_file_of
 from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder
 from airflow_vlm_provider.errors import ConfigError
 
@@ -50,9 +51,9 @@ def stop_engine(args: Namespace) -> None:
             "started again."
         )
     for server in running:
-        state = server.read_state()
-        if state is not None and state.keeper_pid is not None:
-            os.kill(state.keeper_pid, signal.SIGTERM)
+        with server.gate():
+            # Without --force, a task that has come meanwhile keeps it.
+            server.signal_keeper(signal.SIGTERM if args.force else signal.SIGUSR1)
     deadline = time.monotonic() + STOP_TIMEOUT
     for server in running:
         while _is_kept(server):
@@ -150,11 +151,14 @@ def _row(server: Mapping[str, Any]) -> dict[str, str]:
 
 def _following(server: ServerFolder) -> Iterator[str]:
     """What is added to a log, until the server has no keeper any more."""
-    with server.log.open(errors="replace") as file:
-        file.seek(0, os.SEEK_END)
-        kept = True
-        while kept:
-            kept = _is_kept(server)
-            while line := file.readline():
-                yield line
-            time.sleep(0.5)
+    place, kept = os.SEEK_END, True
+    while kept:
+        with server.log.open(errors="replace") as file:
+            file.seek(0, place)
+            # At a certain size it begins anew.
+            while kept and is_file_of(file.fileno(), server.log):
+                kept = _is_kept(server)
+                while line := file.readline():
+                    yield line
+                time.sleep(0.5)
+        place = os.SEEK_SET

@@ -3,16 +3,20 @@
 The first task that needs a model has its server started, see :mod:`airflow_vlm_provider.engines.vllm_leases`. It is
 asked over HTTP like any other endpoint. What is special is that this engine knows what becomes of the server: when it
 died or was replaced, the requests that were in flight are asked again once it is back.
+
+One of them may be what kills it. Those that were lost :data:`SUSPECT_AFTER` times are therefore asked one at a time,
+of all tasks on this server; who is lost then has itself to blame, and is given up. The others are answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +35,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WATCH_SECONDS = 0.5
-# A request that is in flight whenever the server dies may be what kills it.
-MAX_LOSSES = 3
+ALONE_SECONDS = 0.1
+SUSPECT_AFTER = 2
 # Whether the server is gone is for its keeper to tell, long before this.
 _OUTAGE_SECONDS = 3600.0
 
@@ -78,6 +82,8 @@ class VLLMEngine:
         detail: str | None = None,
     ) -> None:
         self.model = model
+        # The server does not run where the task does.
+        self._served = str(Path(model).absolute()) if Path(model).is_dir() else model
         self.concurrency = concurrency
         self.takes_video = True
         self._folder = folder
@@ -96,6 +102,8 @@ class VLLMEngine:
         self._stopped = threading.Event()
         self._server: asyncio.Future[_Server] | None = None
         self._watcher: asyncio.Task[None] | None = None
+        # Of this task's suspects, one at a time contends with other tasks'.
+        self._suspects: asyncio.Lock | None = None
 
     @property
     def window(self) -> int:
@@ -115,6 +123,7 @@ class VLLMEngine:
     async def __aenter__(self) -> VLLMEngine:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="vlm-lease")
         self._stopped.clear()
+        self._suspects = asyncio.Lock()
         try:
             self._lease = await self._in_thread(self.make_lease)
             self._server = asyncio.get_running_loop().create_future()
@@ -138,35 +147,68 @@ class VLLMEngine:
 
     async def ask(self, request: Request) -> Answer:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
-        for _ in range(MAX_LOSSES):
-            if self._server is None:
-                raise EngineError("The engine is not open: use it as an asynchronous context manager.")
-            # Not awaited itself: cancelled here, it would be for all.
-            await asyncio.wait((self._server,))
-            server = self._server.result()
-            asking = asyncio.ensure_future(server.engine.ask(request))
-            server.asking.add(asking)
-            try:
-                await asyncio.wait((asking,))
-            finally:
-                asking.cancel()
-                server.asking.discard(asking)
-                self.takes_video = self.takes_video and server.engine.takes_video
+        for _ in range(SUSPECT_AFTER):
+            asking = await self._ask(request)
             if not asking.cancelled():
                 return asking.result()
+        async with self._alone():
+            asking = await self._ask(request)
+        if not asking.cancelled():
+            return asking.result()
         raise TransientError(
-            f"The vLLM server of {self.model} was lost {MAX_LOSSES} times while it worked on this request.",
-            attempts=MAX_LOSSES,
+            f"The vLLM server of {self.model} was lost {SUSPECT_AFTER + 1} times while it worked on this request, the "
+            "last time with no other such request beside it.",
+            attempts=SUSPECT_AFTER + 1,
         )
+
+    async def _ask(self, request: Request) -> asyncio.Future[Answer]:
+        """Ask the server that runs, or will: the answer, or a cancelled future if it was lost meanwhile."""
+        server = await self._running()
+        asking = asyncio.ensure_future(server.engine.ask(request))
+        server.asking.add(asking)
+        try:
+            await asyncio.wait((asking,))
+        finally:
+            asking.cancel()
+            server.asking.discard(asking)
+            self.takes_video = self.takes_video and server.engine.takes_video
+        return asking
+
+    async def _running(self) -> _Server:
+        """The server, once it runs."""
+        while True:
+            server = self._server
+            if server is None:
+                raise EngineError("The engine is not open: use it as an asynchronous context manager.")
+            if server.done():
+                if (error := server.exception()) is not None:
+                    # One of its own for each who asks: what is raised twice grows.
+                    raise type(error)(str(error))
+                return server.result()
+            # Not awaited itself: cancelled here, it would be for all.
+            await asyncio.wait((server,))
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Have no other request beside that may be what kills the server."""
+        lease, suspects = self._lease, self._suspects
+        if lease is None or suspects is None:
+            raise EngineError("The engine is closed.")
+        async with suspects:
+            while (lock := lease.server.try_alone()) is None:  # noqa: ASYNC110 - other processes have it
+                await asyncio.sleep(ALONE_SECONDS)
+            try:
+                yield
+            finally:
+                os.close(lock)
 
     def make_lease(self) -> Lease:
         """A claim on the server, which is not taken yet. Blocks for a moment.
 
-        :raises ConfigError: the worker has not the GPUs that are asked for.
-        :raises PermissionError: the engine folder is another user's.
+        :raises ConfigError: the worker has not the GPUs that are asked for, or the engine folder is another user's.
         """
         spec = ServerSpec(
-            model=self.model,
+            model=self._served,
             revision=self._revision,
             args=self._args,
             gpus=pick_gpus(self._gpus, self._args),
@@ -189,7 +231,7 @@ class VLLMEngine:
             base_url=f"{attached.url}/v1",
             api_key=attached.api_key,
             name=f"vLLM on this worker ({lease.server.key})",
-            model=self.model,
+            model=self._served,
             concurrency=self.concurrency,
             timeout=self._timeout,
             detail=self._detail,
@@ -199,22 +241,35 @@ class VLLMEngine:
 
     async def _watch(self) -> None:
         """See to it that what is asked is the server that runs."""
-        lease = self._lease
+        try:
+            while True:
+                await asyncio.sleep(WATCH_SECONDS)
+                await self._follow()
+        except Exception as error:
+            if not isinstance(error, VLMError):
+                log.exception("The vLLM server can't be watched any more")
+                error = EngineError(f"The vLLM server can't be watched any more: {error}")
+            lost = self._server
+            if lost is None or lost.done():
+                self._server = asyncio.get_running_loop().create_future()
+            self._server.set_exception(error)
+            # Nobody may be asking.
+            self._server.exception()
+            if lost is not None and lost is not self._server:
+                await self._drop(lost.result())
+
+    async def _follow(self) -> None:
+        """Go on with another server if the one that is asked was lost."""
+        lease, future = self._lease, self._server
         assert lease is not None
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            assert self._server is not None
-            server = self._server.result()
-            if await self._in_thread(lambda: lease.is_current(server.attached)):  # noqa: B023 - called at once
-                continue
-            log.warning("The vLLM server was lost; %d requests are asked again", len(server.asking))
-            self._server = asyncio.get_running_loop().create_future()
-            await self._drop(server)
-            try:
-                self._server.set_result(await self._attach())
-            except VLMError as error:
-                self._server.set_exception(error)
-                return
+        assert future is not None
+        server = future.result()
+        if await self._in_thread(lambda: lease.is_current(server.attached)):
+            return
+        log.warning("The vLLM server was lost; %d requests are asked again", len(server.asking))
+        self._server = asyncio.get_running_loop().create_future()
+        await self._drop(server)
+        self._server.set_result(await self._attach())
 
     async def _drop(self, server: _Server) -> None:
         for asking in list(server.asking):

@@ -6,7 +6,9 @@
     <folder>/<key>/state.json     how far it is; with its address and API key, so for this user alone
     <folder>/<key>/server.log     what it prints (server.log.1: what it printed before)
     <folder>/<key>/keeper.lock    locked by the server's keeper for as long as that lives
+    <folder>/<key>/keeper.log     what that says
     <folder>/<key>/gate.lock      locked for moments, by whoever decides something
+    <folder>/<key>/suspect.lock   locked by a task that asks what may be killing the server
     <folder>/<key>/leases/<uuid>  one for each task that uses the server, locked by it
     <folder>/<key>/pins/<hash>    one for each DAG run that wants the server kept between its tasks
     <folder>/gpus/<gpu>.lock      locked by the keeper whose server runs on that GPU
@@ -28,49 +30,23 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import signal
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-VERSION = 1
-Phase = Literal["waiting", "starting", "ready", "restarting", "draining", "stopping", "failed"]
-"""``waiting`` for a GPU; ``draining``: it takes no new tasks, because another server waits for its GPU."""
+from airflow_vlm_provider.engines.file_locks import is_file_of, open_file, opened, try_lock, try_open_locked
+from airflow_vlm_provider.engines.process_table import started_at
+from airflow_vlm_provider.engines.vllm_state import VERSION, ServerState
+from airflow_vlm_provider.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class ServerState:
-    """How far a server is, as its keeper wrote it.
-
-    :param keeper: Tells one keeper's states from the next one's.
-    :param phase: See :data:`Phase`.
-    :param since: When it came into that phase, in seconds since the epoch.
-    :param keeper_pid: Process of the keeper; None until it runs.
-    :param server_pid: Process of the server, which leads a session of its own; None while there is none.
-    :param server_started: When that process was started, as the kernel has it, to know it from another of its number.
-    :param url: Base URL, without ``/v1``.
-    :param api_key: What requests are authorized by.
-    :param loads: How often the model was loaded by this keeper.
-    :param ready_at: When it was ready last; None before.
-    :param error: Why it failed, for a person; None unless it did.
-    :param lasting: Whether it would fail in the same way again.
-    """
-
-    keeper: str
-    phase: Phase
-    since: float
-    keeper_pid: int | None = None
-    server_pid: int | None = None
-    server_started: float | None = None
-    url: str | None = None
-    api_key: str | None = None
-    loads: int = 0
-    ready_at: float | None = None
-    error: str | None = None
-    lasting: bool = False
+# Nobody misses the log of a server that was not started for so long.
+KEPT_SECONDS = 14 * 24 * 3600.0
 
 
 class EngineFolder:
@@ -91,38 +67,47 @@ class EngineFolder:
     def server(self, key: str) -> ServerFolder:
         """The folder of one server, made if it is not there.
 
-        :raises PermissionError: it is another user's.
+        :raises ConfigError: it is another user's, or others may write to it.
         """
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.path.stat().st_uid != os.geteuid():
-            # Somebody who made it beforehand could hand out servers of his own.
-            raise PermissionError(
-                f"{self.path} belongs to another user; set [vlm] engine_dir to a folder of your own."
+        found = self.path.stat()
+        # Somebody else could hand out servers of his own.
+        if found.st_uid != os.geteuid():
+            raise ConfigError(
+                f"{self.path} belongs to another user; set [vlm] engine_dir to a folder of the worker's own."
             )
-        folder = self.path / key
-        for name in ("leases", "pins"):
-            (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        return ServerFolder(folder)
+        if found.st_mode & 0o022:
+            raise ConfigError(f"{self.path} can be written to by others; take that right away (chmod 700).")
+        folder = ServerFolder(self.path / key)
+        folder.make()
+        return folder
+
+    def tidy(self) -> None:
+        """Remove the folders of servers that have not run for :data:`KEPT_SECONDS`."""
+        for server in self.servers():
+            with contextlib.suppress(OSError):
+                if time.time() - server.path.stat().st_mtime > KEPT_SECONDS:
+                    server.remove()
 
     @contextlib.contextmanager
     def wanting(self, gpu: str) -> Iterator[None]:
         """Tell the keeper that has a GPU that another one waits for it."""
-        with _opened(self._gpu(gpu, "wanted")) as file:
+        with opened(self._gpu(gpu, "wanted")) as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             yield
 
     def is_wanted(self, gpu: str) -> bool:
         """Whether a keeper waits for a GPU."""
-        with _opened(self._gpu(gpu, "wanted")) as file:
-            return not _try_lock(file)
+        with opened(self._gpu(gpu, "wanted")) as file:
+            return not try_lock(file)
 
     def claim(self, gpu: str) -> int | None:
         """Take a GPU; returns a descriptor to be kept open for as long as it is needed, None when another has it."""
-        file = os.open(self._gpu(gpu, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if _try_lock(file):
-            return file
-        os.close(file)
-        return None
+        return try_open_locked(self._gpu(gpu, "lock"))
+
+    def is_claim(self, gpu: str, file: int) -> bool:
+        """Whether what :meth:`claim` returned still keeps others away: its file may have been deleted."""
+        return is_file_of(file, self._gpu(gpu, "lock"))
 
     def _gpu(self, gpu: str, suffix: str) -> Path:
         (self.path / "gpus").mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -140,28 +125,70 @@ class ServerFolder:
         self.key = path.name
         self.log = path / "server.log"
 
+    def make(self) -> None:
+        """Make the folder if it is not there."""
+        for folder in (self.path, self.path / "leases", self.path / "pins"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        """Remove the folder, unless somebody uses the server."""
+        with self.gate():
+            if self.has_keeper() or self.leases() or self.pins():
+                return
+            # Whoever waits at the gate finds it gone, and makes a new one.
+            away = self.path.with_name(f"removed-{uuid.uuid4().hex}")
+            self.path.rename(away)
+        shutil.rmtree(away, ignore_errors=True)
+
+    def touch(self) -> None:
+        """Have everything look new to whoever deletes old files in folders for temporary ones."""
+        for path in (self.path.parent, self.path, *self.path.rglob("*"), *self.path.parent.glob("gpus/*")):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
     @contextlib.contextmanager
     def gate(self) -> Iterator[None]:
         """Nobody else decides anything about this server meanwhile."""
-        with _opened(self.path / "gate.lock") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        file = self._pass_gate()
+        try:
             yield
+        finally:
+            os.close(file)
 
     def has_keeper(self) -> bool:
         """Whether a keeper lives. Behind the gate."""
-        with _opened(self.path / "keeper.lock") as file:
-            return not _try_lock(file)
+        with opened(self.path / "keeper.lock") as file:
+            return not try_lock(file)
 
     def keeper_lock(self) -> int:
         """Take the lock of the keeper that is about to be started. Behind the gate.
 
         :raises BlockingIOError: there is one.
         """
-        file = os.open(self.path / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if not _try_lock(file):
-            os.close(file)
+        file = try_open_locked(self.path / "keeper.lock")
+        if file is None:
             raise BlockingIOError(f"{self.path} has a keeper.")
         return file
+
+    def is_keeper_lock(self, file: int) -> bool:
+        """Whether what :meth:`keeper_lock` returned still keeps others away: its file may have been deleted."""
+        return is_file_of(file, self.path / "keeper.lock")
+
+    def try_alone(self) -> int | None:
+        """Take the lock of those who may be what kills the server; None when somebody has it.
+
+        :return: A descriptor, which holds it until it is closed.
+        """
+        return try_open_locked(self.path / "suspect.lock")
+
+    def signal_keeper(self, number: signal.Signals) -> bool:
+        """Send the keeper a signal; whether there is one. Behind the gate."""
+        state = self.read_state()
+        if state is None or state.keeper_pid is None or not self.has_keeper():
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(state.keeper_pid, number)
+        return True
 
     def take_lease(self, holder: Mapping[str, Any]) -> tuple[Path, int]:
         """Take a lease, which holds until the descriptor is closed or its process has ended. Behind the gate.
@@ -169,21 +196,25 @@ class ServerFolder:
         :param holder: Who takes it, for :meth:`leases`.
         """
         path = self.path / "leases" / uuid.uuid4().hex
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        file = open_file(path, os.O_EXCL)
         fcntl.flock(file, fcntl.LOCK_EX)
-        os.write(file, json.dumps(dict(holder)).encode())
+        # On a full disk it says nothing, and holds all the same.
+        with contextlib.suppress(OSError):
+            os.write(file, json.dumps(dict(holder)).encode())
         return path, file
 
     def leases(self) -> list[dict[str, Any]]:
         """Who holds leases; what is left of others is removed. Behind the gate."""
-        holders: list[dict[str, Any]] = []
-        for path in (self.path / "leases").iterdir():
-            with _opened(path) as file:
-                if _try_lock(file):
+        holders = []
+        for path in (self.path / "leases").glob("*"):
+            with opened(path) as file:
+                if try_lock(file):
                     path.unlink(missing_ok=True)
                     continue
-                with contextlib.suppress(ValueError):
-                    holders.append(json.loads(os.pread(file, 65536, 0)))
+                holder = _parsed(os.pread(file, 65536, 0))
+            # A task's children have what it had open; they may live on without it.
+            if "pid" not in holder or started_at(holder["pid"]) == holder["started"]:
+                holders.append(holder)
         return holders
 
     def pin(self, name: str, *, until: float) -> None:
@@ -205,9 +236,9 @@ class ServerFolder:
         """What the server is kept for; what has ended is removed. Behind the gate."""
         names = []
         for path in (self.path / "pins").glob("*"):
-            pin = json.loads(path.read_bytes())
-            if pin["until"] > time.time():
-                names.append(pin["name"])
+            pin = _parsed(path.read_bytes())
+            if pin.get("until", 0) > time.time():
+                names.append(str(pin["name"]))
             else:
                 path.unlink(missing_ok=True)
         return names
@@ -228,12 +259,18 @@ class ServerFolder:
     def read_state(self) -> ServerState | None:
         """How far the server is, or was when its last keeper ended; None when nothing is known."""
         try:
-            data = json.loads((self.path / "state.json").read_bytes())
+            data = _parsed((self.path / "state.json").read_bytes())
+            return ServerState(**data) if data.pop("version", None) == VERSION else None
+        except (FileNotFoundError, TypeError):
+            return None
+
+    def state_mark(self) -> tuple[int, int] | None:
+        """Changes when anybody touches the state."""
+        try:
+            found = (self.path / "state.json").stat()
         except FileNotFoundError:
             return None
-        if data.pop("version") != VERSION:
-            return None
-        return ServerState(**data)
+        return found.st_ino, found.st_mtime_ns
 
     def log_tail(self, *, max_bytes: int = 4000) -> str:
         """The end of what the server has printed, in whole lines."""
@@ -247,6 +284,20 @@ class ServerFolder:
         if size > max_bytes:
             tail = tail[tail.find(b"\n") + 1 :]
         return tail.decode(errors="replace")
+
+    def _pass_gate(self) -> int:
+        path = self.path / "gate.lock"
+        while True:
+            try:
+                file = open_file(path)
+            except FileNotFoundError:
+                self.make()
+                continue
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_file_of(file, path):
+                return file
+            # It was removed with its folder, and is nobody's gate any more.
+            os.close(file)
 
     @staticmethod
     def _pin(name: str) -> str:
@@ -264,18 +315,10 @@ class ServerFolder:
             raise
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-def _try_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _parsed(text: bytes) -> dict[str, Any]:
+    """An object in JSON; empty when it is none, as after a full disk."""
+    with contextlib.suppress(ValueError):
+        data = json.loads(text)
+        if isinstance(data, dict):
+            return data
+    return {}

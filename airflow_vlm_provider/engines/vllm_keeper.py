@@ -6,11 +6,13 @@ folder (:mod:`airflow_vlm_provider.engines.vllm_folder`); it is stopped by SIGTE
 
 Invariants:
 
-- It lives as long as it holds the lock that it was born with, and it runs at most one server.
-- The server does not outlive it: a guard, a process that does nothing but wait for the keeper's end, then ends the
-  server with all of its processes. Only after that are the keeper's locks free, because the guard holds them, too.
-- It stops when there was no lease for the idle time; when there is none and another keeper wants its GPU; and when
-  there is none and the worker processes of all that ever were are gone. A pin counts like a lease, but for the last.
+- It lives as long as it holds the lock that it was born with, and it runs at most one server. Should the files of its
+  locks be deleted, others are not kept away any more, and it stops.
+- The server does not outlive it: see :mod:`airflow_vlm_provider.engines.vllm_guard`. Only when the server has ended are
+  the keeper's locks free. Should keeper and guard be killed together, the next keeper on a GPU ends what is left there.
+- It stops when there was no lease for the idle time; when there is none and another keeper wants its GPU; when there is
+  none and the worker processes of all that ever were are gone; and when it waits for a GPU for nobody. A pin counts
+  like a lease, but where the workers are gone.
 """
 
 from __future__ import annotations
@@ -30,16 +32,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from airflow_vlm_provider.engines.vllm_folder import EngineFolder, Phase, ServerFolder
-from airflow_vlm_provider.engines.vllm_health import Health, is_lasting
-from airflow_vlm_provider.engines.vllm_process import (
-    ServerProcess,
-    free_port,
-    kill_session,
-    start_guard,
-    started_at,
-)
+from airflow_vlm_provider.engines.process_table import kill_all, left_members
+from airflow_vlm_provider.engines.vllm_demand import Demand
+from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder
+from airflow_vlm_provider.engines.vllm_guard import Guard
+from airflow_vlm_provider.engines.vllm_health import Health
+from airflow_vlm_provider.engines.vllm_last_words import is_lasting, quote, said_of_exit
+from airflow_vlm_provider.engines.vllm_process import Port, ServerProcess
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
+from airflow_vlm_provider.engines.vllm_state import Phase, ServerState
 
 log = logging.getLogger("vlm.keeper")
 
@@ -47,6 +48,8 @@ TICK = 0.25
 # One that was never ready is not loaded over and over; one that was may have bad luck now and then.
 FIRST_STARTS = 2
 RESTARTS, RESTARTS_WITHIN = 5, 600.0
+# Long before anybody deletes old files in folders for temporary ones.
+TOUCH_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -73,92 +76,137 @@ class Keeper:
     """Keeps one server; :meth:`run` returns when it is over.
 
     :param folder: The worker's engine folder.
-    :param server: The server's folder in it, with its spec and a first state.
+    :param server: The server's folder in it, with its spec.
+    :param name: Tells this keeper's states from others'.
+    :param lock: Descriptor of the keeper's lock, which this process was born with.
     """
 
-    def __init__(self, folder: EngineFolder, server: ServerFolder, settings: KeeperSettings) -> None:
-        state = server.read_state()
-        assert state is not None
-        self._state = replace(state, keeper_pid=os.getpid())
+    def __init__(
+        self, folder: EngineFolder, server: ServerFolder, settings: KeeperSettings, *, name: str, lock: int
+    ) -> None:
         self._folder = folder
         self._server = server
         self._settings = settings
+        self._lock = lock
         self._spec = ServerSpec.from_json(server.read_spec())
-        self._stop = threading.Event()
-        self._process: ServerProcess | None = None
-        self._guard = -1
-        self._has_gpus = False
-        # Worker processes, and None for whoever has none.
-        self._owners: set[tuple[int, float] | None] = set()
-        self._unused_since = time.monotonic()
-        self._restarts: deque[float] = deque()
+        self._state = ServerState(name, "waiting", time.time(), keeper_pid=os.getpid())
+        # What the state's file is like as long as nobody else touches it.
+        self._mark: tuple[int, int] | None = None
         self._written = True
+        self._deposed = False
+        self._stop = threading.Event()
+        self._demand = Demand(folder, server, gpus=self._spec.gpus, idle_timeout=settings.idle_timeout)
+        self._process: ServerProcess | None = None
+        self._guard: Guard | None = None
+        # By GPU, the descriptor that holds its lock.
+        self._gpus: dict[str, int] = {}
+        self._touched = time.monotonic()
+        self._restarts: deque[float] = deque()
 
     def run(self) -> None:
         """Keep the server until nobody needs it, or it can't be kept."""
-        left, started = self._state.server_pid, self._state.server_started
-        if left is not None and started_at(left) in (None, started):
-            kill_session(left, key=self._spec.key)
-        self._enter("waiting", server_pid=None, server_started=None)
+        self._end_left(self._server)
+        self._enter("waiting")
         try:
             if self._claim_gpus():
-                self._guard = start_guard()
+                self._guard = Guard(self._last_words)
+                self._end_orphans()
                 self._serve()
         finally:
             if self._process is not None:
-                self._process.end()
+                self._process.end(gently=False)
+            phase: Phase = "failed" if self._state.phase == "failed" else "stopped"
+            self._enter(phase, url=None, api_key=None, server_pid=None, server_output=None)
 
     def stop(self) -> None:
         """Stop as soon as may be; for signal handlers."""
         self._stop.set()
 
+    def dismiss(self) -> None:
+        """Stop as soon as nobody uses the server; for signal handlers."""
+        self._demand.dismissed = True
+
     def _enter(self, phase: Phase, **more: Any) -> None:
-        since = self._state.since if phase == self._state.phase else time.time()
-        self._state = replace(self._state, phase=phase, since=since, **more)
+        if phase != self._state.phase:
+            log.info("%s", phase)
+            more["since"] = time.time()
+        self._state = replace(self._state, phase=phase, **more)
         self._write()
 
     def _write(self) -> None:
+        if self._deposed:
+            return
         try:
             self._server.write_state(self._state)
-            self._written = True
+            self._mark, self._written = self._server.state_mark(), True
         except OSError as error:
             # A full disk may have room again; tasks wait meanwhile.
+            if self._written:
+                log.error("The state can't be written: %s", error)
             self._written = False
-            log.error("The state can't be written: %s", error)
+
+    def _last_words(self) -> None:
+        """What the guard writes when this process was killed: tasks are to come back when the lock is free."""
+        state = self._server.read_state()
+        if (
+            state is not None
+            and state.keeper == self._state.keeper
+            and state.phase not in ("failed", "stopped")
+        ):
+            self._server.write_state(replace(state, phase="stopping", url=None, api_key=None))
 
     def _claim_gpus(self) -> bool:
         """Wait for the GPUs, in an order that is the same for all; False when it is not worth waiting any more."""
+        gpus = sorted(self._spec.gpus)
         with contextlib.ExitStack() as wanting:
-            for gpu in sorted(self._spec.gpus):
+            for gpu in gpus:
                 wanting.enter_context(self._folder.wanting(gpu))
+            for gpu in gpus:
                 # Left open: what was claimed is this process's and its guard's to the end.
-                while self._folder.claim(gpu) is None:
+                while (file := self._folder.claim(gpu)) is None:
                     if self._is_over():
                         return False
-        self._has_gpus = True
+                self._gpus[gpu] = file
         return True
+
+    def _end_orphans(self) -> None:
+        """End servers on these GPUs whose keeper was killed together with its guard."""
+        for server in self._folder.servers():
+            if server.path == self._server.path:
+                continue
+            with contextlib.suppress(OSError, ValueError), server.gate():
+                if not server.has_keeper() and set(server.read_spec()["gpus"]) & set(self._gpus):
+                    self._end_left(server)
+
+    @staticmethod
+    def _end_left(server: ServerFolder) -> None:
+        state = server.read_state()
+        if state is not None and state.server_pid is not None:
+            leader, output = state.server_pid, state.server_output
+            kill_all(lambda: left_members(leader, output))
 
     def _serve(self) -> None:
         """Have the server run, again and again if need be."""
-        api_key, port, starts = secrets.token_urlsafe(32), 0, 0
+        port, api_key, starts = Port(), secrets.token_urlsafe(32), 0
         while True:
             starts += 1
-            port = free_port(port)
-            reason, lines = self._run_once(port, api_key)
+            reason, lines = self._run_once(port.number, api_key)
             if reason is None:
                 return
             lasting = self._state.ready_at is None and is_lasting(lines)
             if lasting or not self._may_start_again(starts):
-                said = "".join(f"\n  {line}" for line in lines)
-                error = f"{reason}. The log is {self._server.log}" + (
-                    f"; its last lines:{said}" if said else "."
-                )
-                self._enter("failed", error=error, lasting=lasting, server_pid=None, server_started=None)
+                said = "".join(f"\n  {line}" for line in quote(lines))
+                error = f"{reason}. Its log is {self._server.log}" + (f"; it said:{said}" if said else ".")
+                self._enter("failed", error=error, lasting=lasting)
                 return
             log.warning("%s; starting it again", reason)
-            self._enter("restarting", server_pid=None, server_started=None)
-            if self._stop.wait(min(60.0, self._settings.backoff * 2 ** max(0, len(self._restarts) - 1))):
+            self._enter("restarting", server_pid=None, server_output=None)
+            if not self._pause(self._settings.backoff * 2 ** max(0, len(self._restarts) - 1)):
                 return
+            if self._state.ready_at is None or not port.is_free():
+                # Somebody else listens there, and may be sent the key until all tasks know.
+                port.close()
+                port, api_key = Port(), secrets.token_urlsafe(32)
 
     def _may_start_again(self, starts: int) -> bool:
         if self._state.ready_at is None:
@@ -169,30 +217,45 @@ class Keeper:
             self._restarts.popleft()
         return len(self._restarts) <= RESTARTS
 
+    def _pause(self, seconds: float) -> bool:
+        """Wait, at most a minute; False when the server is not needed any more."""
+        until = time.monotonic() + min(60.0, seconds)
+        while time.monotonic() < until:
+            if self._is_over():
+                return False
+        return True
+
     def _run_once(self, port: int, api_key: str) -> tuple[str | None, Sequence[str]]:
-        """Start the server and watch it; returns what was wrong with it, None when it is over, and its last lines."""
+        """Start the server and watch it; returns what was wrong with it, None when it is over, and what it said."""
+        assert self._guard is not None
         log.info("Starting %s", " ".join(self._spec.argv(port=port)))
         try:
             process = ServerProcess(self._spec, port=port, api_key=api_key, log=self._server.log)
         except OSError as error:
             return "vLLM could not be started", [f"{self._spec.command[0]}: {error.strerror}"]
         self._process = process
-        os.write(self._guard, b"%d\n" % process.pid)
+        self._guard.watch(process.pid, process.output)
         self._enter(
             "starting" if self._state.ready_at is None else "restarting",
             server_pid=process.pid,
-            server_started=started_at(process.pid),
+            server_output=process.output,
             url=f"http://127.0.0.1:{port}",
             api_key=api_key,
             loads=self._state.loads + 1,
         )
+        health = Health(
+            str(self._state.url),
+            api_key=api_key,
+            model=self._spec.model,
+            stall_timeout=self._settings.stall_timeout,
+        )
+        reason: str | None = "The keeper failed"
         try:
-            reason = self._watch(
-                process, Health(str(self._state.url), stall_timeout=self._settings.stall_timeout)
-            )
+            reason = self._watch(process, health)
         finally:
+            process.end(gently=reason is None)
             self._process = None
-            process.end()
+            self._guard.forget()
         return reason, process.last_lines()
 
     def _watch(self, process: ServerProcess, health: Health) -> str | None:
@@ -202,19 +265,19 @@ class Keeper:
         looked, ready = 0.0, False
         while not self._is_over():
             if (status := process.status()) is not None:
-                return _said_of_exit(status, ready)
+                return said_of_exit(status, ready=ready)
             now = time.monotonic()
             if now - looked < (settings.health_interval if ready else TICK):
                 continue
             looked = now
-            if health.look(timeout=min(5.0, settings.health_timeout)):
+            if health.look(timeout=min(5.0, settings.health_timeout), used=self._demand.used):
                 healthy = time.monotonic()
                 if not ready:
                     ready = True
                     log.info("Ready after %.1f s", healthy - begun)
                     self._enter("ready", ready_at=time.time())
                 if stalled := health.stalled():
-                    return f"vLLM answers, but its running requests made no progress for {stalled:.0f} s"
+                    return f"vLLM answers, but has computed nothing for {stalled:.0f} s though it should have"
             elif ready and now - healthy > settings.health_timeout:
                 return f"vLLM gave no sign of health for {now - healthy:.0f} s"
             elif not ready and now - begun > settings.start_timeout:
@@ -224,40 +287,35 @@ class Keeper:
     def _is_over(self) -> bool:
         """Wait a moment; whether the server is to be stopped, which is then decided for good."""
         told = self._stop.wait(TICK)
-        if not self._written:
-            self._write()
+        if self._guard is not None:
+            self._guard.renew()
         with self._server.gate():
-            holders = self._server.leases()
-            pinned = bool(self._server.pins())
-            for holder in holders:
-                owner = holder["owner"]
-                self._owners.add(None if owner is None else (owner["pid"], owner["started"]))
-            wanted = self._has_gpus and any(self._folder.is_wanted(gpu) for gpu in self._spec.gpus)
-            if holders or pinned:
-                self._unused_since = time.monotonic()
-                if wanted and self._state.phase == "ready":
-                    self._enter("draining")
-                elif not wanted and self._state.phase == "draining":
-                    self._enter("ready")
-            unused = time.monotonic() - self._unused_since
-            # Whoever had this started has held a lease since before.
-            unneeded = not pinned and (wanted or unused > self._settings.idle_timeout)
-            over = told or (not holders and (unneeded or self._is_deserted()))
+            if not self._has_locks():
+                log.error(
+                    "The files of its locks were deleted: it can't keep others from the server any more"
+                )
+                self._deposed = True
+                return True
+            needed = self._demand.look(waiting=len(self._gpus) < len(self._spec.gpus))
+            over = told or not needed
             if over:
                 self._enter("stopping")
+            elif self._state.phase in ("ready", "draining") and self._is_draining() != self._demand.wanted:
+                self._enter("draining" if self._demand.wanted else "ready")
+            elif not self._written or self._mark != self._server.state_mark():
+                self._write()
+        if time.monotonic() - self._touched > TOUCH_SECONDS:
+            self._touched = time.monotonic()
+            self._server.touch()
         return over
 
-    def _is_deserted(self) -> bool:
-        """Whether the workers of all who ever held a lease are gone."""
-        return bool(self._owners) and not any(
-            owner is None or started_at(owner[0]) == owner[1] for owner in self._owners
+    def _has_locks(self) -> bool:
+        return self._server.is_keeper_lock(self._lock) and all(
+            self._folder.is_claim(gpu, file) for gpu, file in self._gpus.items()
         )
 
-
-def _said_of_exit(status: int, ready: bool) -> str:
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    hint = " (often the kernel's, for lack of memory)" if status == -signal.SIGKILL else ""
-    return f"vLLM {how}{hint}{'' if ready else ' before it was ready'}"
+    def _is_draining(self) -> bool:
+        return self._state.phase == "draining"
 
 
 def main() -> int:
@@ -265,6 +323,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Keep a vLLM server; started by tasks, never by hand.")
     parser.add_argument("--folder", required=True)
     parser.add_argument("--key", required=True)
+    parser.add_argument("--name", required=True)
     parser.add_argument("--lock", required=True, type=int, help="descriptor of the keeper's lock")
     parser.add_argument("--settings", required=True)
     given = parser.parse_args()
@@ -274,16 +333,18 @@ def main() -> int:
     folder = EngineFolder(given.folder)
     server = folder.server(given.key)
     os.set_inheritable(given.lock, False)
-    os.chdir("/")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    keeper = Keeper(folder, server, KeeperSettings(**json.loads(given.settings)))
+    settings = KeeperSettings(**json.loads(given.settings))
+    keeper = Keeper(folder, server, settings, name=given.name, lock=given.lock)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: keeper.stop())
+    signal.signal(signal.SIGUSR1, lambda *_: keeper.dismiss())
     try:
         keeper.run()
     except Exception:
         log.exception("The keeper failed")
         raise
+    folder.tidy()
     return 0
 
 

@@ -18,9 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder, ServerState
-from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
+from airflow_vlm_provider.engines.process_table import started_at
+from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder
+from airflow_vlm_provider.engines.vllm_keeper import FIRST_STARTS, KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec, without_secrets
+from airflow_vlm_provider.engines.vllm_state import ServerState
 from airflow_vlm_provider.errors import ConfigError, EngineError
 
 POLL = 0.05
@@ -28,6 +30,7 @@ POLL = 0.05
 KEEPER_TIMEOUT = 60.0
 # Keepers that came to nothing without saying why, one after another.
 MAX_LOST = 3
+KEEPER_LOG_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,12 @@ class Lease:
         self._folder = folder
         self._spec = spec
         self._settings = settings
-        self._holder = {**holder, "pid": os.getpid(), "owner": worker_process()}
+        self._holder = {
+            **holder,
+            "pid": os.getpid(),
+            "started": started_at(os.getpid()),
+            "owner": worker_process(),
+        }
         self._say = say
         self._said = ""
         self._lease: tuple[Path, int] | None = None
@@ -85,20 +93,31 @@ class Lease:
         lost = 0
         try:
             while not stopped():
-                keeper = self._claim()
-                if keeper is None:
+                claimed = self._claim()
+                if claimed is None:
                     self._tell("Waiting for the vLLM server to end, which takes no more tasks.")
                     time.sleep(POLL)
                     continue
+                keeper, lock = claimed
+                if lock is not None:
+                    self._start_keeper(keeper, lock)
                 attached = self._wait(keeper, stopped)
                 if attached is not None or stopped():
                     return attached
+                state = self.server.read_state()
+                if state is not None and state.keeper == keeper and state.phase in ("stopping", "stopped"):
+                    continue
                 lost += 1
                 if lost >= MAX_LOST:
                     raise EngineError(
                         f"The keeper of the vLLM server ended {lost} times without a word; see "
                         f"{self.server.path / 'keeper.log'}."
                     )
+        except OSError as error:
+            self.release()
+            raise EngineError(
+                f"The engine folder {self.server.path} can't be used: {error.strerror}."
+            ) from error
         except BaseException:
             self.release()
             raise
@@ -122,16 +141,11 @@ class Lease:
             self.server.pin(name, until=until)
 
     def unpin(self, name: str) -> bool:
-        """Take a pin back, and stop the server if nobody needs it; whether it is stopped."""
+        """Take a pin back, and have the server stopped if nobody needs it; whether it is."""
         with self.server.gate():
-            pinned = self.server.unpin(name)
-            state = self.server.read_state()
-            needed = self.server.leases() or self.server.pins()
-            if not pinned or needed or state is None or not self.server.has_keeper():
+            if not self.server.unpin(name) or self.server.leases() or self.server.pins():
                 return False
-            if state.keeper_pid is not None:
-                os.kill(state.keeper_pid, signal.SIGTERM)
-        return True
+            return self.server.signal_keeper(signal.SIGUSR1)
 
     def release(self) -> None:
         """Give the claim back; nothing happens when there is none."""
@@ -141,20 +155,25 @@ class Lease:
             path.unlink(missing_ok=True)
             os.close(file)
 
-    def _claim(self) -> str | None:
-        """Take a lease, and start a keeper where there is none; returns the keeper's name, None when it gives none."""
+    def _claim(self) -> tuple[str, int | None] | None:
+        """Take a lease on the server of a keeper.
+
+        :return: The keeper's name, and its lock where it is this task's to start; None when it gives no lease.
+        """
         with self.server.gate():
-            if self.server.has_keeper():
-                state = self.server.read_state()
-                if state is None or state.phase in ("draining", "stopping", "failed"):
-                    self.release()
-                    return None
-                keeper = state.keeper
+            if not self.server.has_keeper():
                 self._take()
-            else:
-                self._take()
-                keeper = self._start_keeper()
-        return keeper
+                keeper = uuid.uuid4().hex[:12]
+                self._announce(keeper)
+                return keeper, self.server.keeper_lock()
+            state = self.server.read_state()
+            # Who has a lease already is among those whom the server waits for.
+            ended = ("stopping", "stopped", "failed", *(() if self._lease else ("draining",)))
+            if state is None or state.phase in ended:
+                self.release()
+                return None
+            self._take()
+            return state.keeper, None
 
     def _take(self) -> None:
         if self._lease is None:
@@ -162,22 +181,34 @@ class Lease:
 
     def _wait(self, keeper: str, stopped: Callable[[], bool]) -> Attached | None:
         """Wait until this keeper's server is ready; None when the keeper has ended without a word."""
-        looked = time.monotonic()
+        looked = changed = time.monotonic()
+        seen: ServerState | None = None
         ended = False
         while not stopped():
             state = self.server.read_state()
-            if state is None or state.keeper != keeper:
-                return None
-            if state.phase in ("ready", "draining"):
-                return Attached(keeper, str(state.url), str(state.api_key), state.loads)
-            if state.phase == "failed":
-                raise (ConfigError if state.lasting else EngineError)(f"{self._spec.model}: {state.error}")
+            if state is not None:
+                if state.keeper != keeper or state.phase in ("stopping", "stopped"):
+                    return None
+                if state.phase in ("ready", "draining"):
+                    return Attached(keeper, str(state.url), str(state.api_key), state.loads)
+                if state.phase == "failed":
+                    raise (ConfigError if state.lasting else EngineError)(
+                        f"{self._spec.model}: {state.error}"
+                    )
+                self._tell(_progress(state, self._spec))
             if ended:
                 return None
-            self._tell(_progress(state, self._spec))
             time.sleep(POLL)
-            if time.monotonic() - looked > 1:
-                looked = time.monotonic()
+            now = time.monotonic()
+            if state != seen or (state is not None and state.phase == "waiting"):
+                seen, changed = state, now
+            elif now - changed > FIRST_STARTS * self._settings.start_timeout + KEEPER_TIMEOUT:
+                raise EngineError(
+                    f"Nothing was heard of the vLLM server's keeper for {now - changed:.0f} s: it can't write to "
+                    f"{self.server.path}, or does not run; see keeper.log there."
+                )
+            if now - looked > 1:
+                looked = now
                 # Once more after that: what it wrote last may say why.
                 ended = self._has_ended()
         return None
@@ -187,9 +218,8 @@ class Lease:
             self._said = what
             self._say(what)
 
-    def _start_keeper(self) -> str:
-        """Start a keeper, which is born with its lock. Behind the gate."""
-        keeper = uuid.uuid4().hex[:12]
+    def _announce(self, keeper: str) -> None:
+        """Write down that there will be a keeper. Behind the gate."""
         self.server.write_spec(self._spec.to_json())
         # What is left of an earlier keeper's server is this one's to end.
         earlier = self.server.read_state() or ServerState(keeper, "waiting", 0)
@@ -198,15 +228,20 @@ class Lease:
             "waiting",
             time.time(),
             server_pid=earlier.server_pid,
-            server_started=earlier.server_started,
+            server_output=earlier.server_output,
         )
         self.server.write_state(state)
-        lock = self.server.keeper_lock()
+
+    def _start_keeper(self, keeper: str, lock: int) -> None:
+        """Start a keeper, which is born with its lock."""
+        command = [sys.executable, "-m", "airflow_vlm_provider.engines.vllm_keeper"]
+        command += ["--folder", str(self._folder.path.absolute()), "--key", self.server.key]
+        command += ["--name", keeper, "--lock", str(lock), "--settings", json.dumps(asdict(self._settings))]
+        path = self.server.path / "keeper.log"
         try:
-            command = [sys.executable, "-m", "airflow_vlm_provider.engines.vllm_keeper"]
-            command += ["--folder", str(self._folder.path.absolute()), "--key", self.server.key]
-            command += ["--lock", str(lock), "--settings", json.dumps(asdict(self._settings))]
-            with (self.server.path / "keeper.log").open("ab") as log:
+            if path.exists() and path.stat().st_size > KEEPER_LOG_BYTES:
+                path.replace(path.with_name("keeper.log.1"))
+            with path.open("ab") as log:
                 # The first process ends at once; the keeper is its child, and nobody's here.
                 subprocess.run(
                     command,
@@ -214,16 +249,18 @@ class Lease:
                     stdout=log,
                     stderr=log,
                     env=without_secrets(),
+                    # Where this process is may go away, or hold modules that are not meant.
+                    cwd="/",
                     pass_fds=(lock,),
                     start_new_session=True,
                     check=True,
                     timeout=KEEPER_TIMEOUT,
                 )
-        except (subprocess.SubprocessError, OSError) as error:
-            raise EngineError(f"The keeper of the vLLM server could not be started: {error}") from error
+        except subprocess.SubprocessError as error:
+            how = "in time" if isinstance(error, subprocess.TimeoutExpired) else f"({error})"
+            raise EngineError(f"The keeper of the vLLM server did not start {how}; see {path}.") from error
         finally:
             os.close(lock)
-        return keeper
 
 
 def worker_process() -> dict[str, Any] | None:
@@ -237,7 +274,7 @@ def worker_process() -> dict[str, Any] | None:
     for process in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):
             if process.pid > 1 and _is_airflow(process.cmdline()):
-                found = {"pid": process.pid, "started": process.create_time()}
+                found = {"pid": process.pid, "started": started_at(process.pid)}
     return found
 
 
@@ -247,8 +284,11 @@ def _is_airflow(command: Sequence[str]) -> bool:
 
 
 def _progress(state: ServerState, spec: ServerSpec) -> str:
-    if state.phase == "waiting":
-        return f"Waiting for {', '.join(spec.gpus)}, on which another model's tasks still run."
+    if state.phase == "waiting" and time.time() - state.since > 1:
+        return (
+            f"Waiting for {', '.join(spec.gpus)}, on which another model's server runs: for its tasks to end, or for the "
+            "DAG run that keeps it. `airflow vlm engine list` on the worker shows them."
+        )
     if state.phase == "restarting":
         return f"vLLM is being started again with {spec.model}."
     return f"Starting vLLM with {spec.model}: {' '.join(spec.argv(port=0))}"

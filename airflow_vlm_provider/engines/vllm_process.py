@@ -1,7 +1,7 @@
-"""The process of a vLLM server and what belongs to it: its log, its end, and the guard that sees to it.
+"""The process of a vLLM server and what belongs to it: its port, its log, and its end.
 
 vLLM's engine processes live on when its API server is killed, and keep their GPU's memory. So a server leads a
-session of its own, and all processes of the session are ended together.
+session of its own, and all of its processes are ended together.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from collections import deque
 from pathlib import Path
 from typing import IO
 
+from airflow_vlm_provider.engines.process_table import kill_all, members, pipe_name
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
+
+log = logging.getLogger("vlm.keeper")
 
 STOP_SECONDS = 20.0
 LOG_BYTES = 16 * 1024 * 1024
-QUOTED_LINES = 25
+# Something that prints without ever ending a line must not fill the memory.
+LINE_BYTES = 64 * 1024
+KEPT_LINES = 400
 
 
 class ServerProcess:
@@ -30,14 +35,15 @@ class ServerProcess:
 
     :param spec: What it is started with.
     :param port: Where it listens on 127.0.0.1.
-    :param api_key: What requests are authorized by.
+    :param api_key: What requests are authorized by. Should the server ever print it, the log does not show it.
     :param log: Takes what it prints; at :data:`LOG_BYTES` it begins anew, and the old one is kept once.
     :raises OSError: there is no such command.
     """
 
     def __init__(self, spec: ServerSpec, *, port: int, api_key: str, log: Path) -> None:
         self._log = log
-        self._tail: deque[str] = deque(maxlen=QUOTED_LINES)
+        self._secret = api_key
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process = subprocess.Popen(
             spec.argv(port=port),
             env=spec.environment(api_key=api_key),
@@ -46,7 +52,9 @@ class ServerProcess:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        assert self._process.stdout is not None
         self.pid = self._process.pid
+        self.output = pipe_name(self._process.stdout.fileno())
         self._pump = threading.Thread(target=self._write_log, args=(self._process.stdout,), daemon=True)
         self._pump.start()
 
@@ -56,26 +64,36 @@ class ServerProcess:
 
     def last_lines(self) -> list[str]:
         """What it has printed last."""
-        return list(self._tail)
+        return list(self._lines)
 
-    def end(self) -> None:
-        """End it with all that belong to it: gently, then not."""
-        with contextlib.suppress(ProcessLookupError):
+    def end(self, *, gently: bool) -> None:
+        """End it with all that belong to it.
+
+        :param gently: It may take its time to end by itself, up to :data:`STOP_SECONDS`.
+        """
+        # Its number is its own until its status is taken.
+        if gently and self._process.poll() is None:
             os.killpg(self.pid, signal.SIGTERM)
             # What was halted takes no signal before it goes on.
             os.killpg(self.pid, signal.SIGCONT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+        if left := kill_all(lambda: members(session=self.pid, output=self.output)):
+            log.error(
+                "Even SIGKILL does not end the processes %s: the kernel waits for a device", sorted(left)
+            )
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
-        kill_session(self.pid)
-        self._process.wait()
+            self._process.wait(5)
         self._pump.join(5)
 
     def _write_log(self, output: IO[bytes]) -> None:
         handler = _Log(self._log, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", delay=True)
-        with output, contextlib.closing(handler):
-            for raw in output:
-                line = raw.decode(errors="replace").rstrip("\n")
-                self._tail.append(line)
+        with output, contextlib.suppress(OSError), contextlib.closing(handler):
+            while raw := output.readline(LINE_BYTES):
+                # Of a progress bar, where it came to.
+                line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
+                line = line.replace(self._secret, "***")
+                self._lines.append(line)
                 handler.emit(logging.LogRecord("", logging.INFO, "", 0, line, None, None))
 
 
@@ -84,63 +102,36 @@ class _Log(logging.handlers.RotatingFileHandler):
         """A full disk costs lines, and nothing else: a server whose output nobody takes would halt."""
 
 
-def start_guard() -> int:
-    """Start a process that waits for the end of this one, and then ends the server.
+class Port:
+    """A port of 127.0.0.1 that is kept for a server, also while that is down.
 
-    It holds what this process has open, locks among it: they are not free before the server has ended.
-
-    :return: A descriptor that takes the number of the server's process, and a line end.
+    It is bound here but not listened on, so that nobody is given it by chance, while the server, which says that it
+    does not mind (``SO_REUSEADDR``), may listen.
     """
-    read, write = os.pipe2(os.O_CLOEXEC)
-    if os.fork():
-        os.close(read)
-        return write
-    os.close(write)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    with os.fdopen(read, "rb") as keeper:
-        numbers = keeper.read().split()
-    if numbers:
-        kill_session(int(numbers[-1]))
-    os._exit(0)
+
+    def __init__(self) -> None:
+        self._socket = _bound(0)
+        self.number: int = self._socket.getsockname()[1]
+
+    def is_free(self) -> bool:
+        """Whether nobody listens on it."""
+        try:
+            _bound(self.number).close()
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Give it up."""
+        self._socket.close()
 
 
-def kill_session(leader: int, *, key: str | None = None) -> None:
-    """Kill all processes of a session.
-
-    :param key: Only those that were started for the server of this key: the number may be another session's now.
-    """
-    import psutil
-
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
-            if os.getsid(process.pid) == leader and (
-                key is None or process.environ().get("VLM_ENGINE_KEY") == key
-            ):
-                process.kill()
-
-
-def started_at(pid: int) -> float | None:
-    """When a process was started, to tell it from another of its number; None when there is none that runs."""
-    import psutil
-
+def _bound(port: int) -> socket.socket:
+    bound = socket.socket()
     try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        created: float = process.create_time()
-        return created
-    except psutil.Error:
-        return None
-
-
-def free_port(preferred: int = 0) -> int:
-    """A free port on loopback: the preferred one if it still is."""
-    for port in (preferred, 0):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            # As the server itself does it: what was closed a moment ago may be taken again.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            found: int = probe.getsockname()[1]
-            return found
-    raise OSError("There is no free port on 127.0.0.1.")
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(("127.0.0.1", port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound

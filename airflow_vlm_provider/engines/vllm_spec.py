@@ -21,8 +21,20 @@ DEFAULT_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 CPU = "cpu"
 """Stands for the GPUs of a machine that has none: there, too, one server at a time has the memory to itself."""
 
-# Decided here; a name of its own for the model would be one that requests don't know.
-_OWN = frozenset({"model", "revision", "host", "port", "uds", "api_key", "served_model_name", "root_path"})
+# Decided here: where the server is found, who may ask it, and what its model is called by those who do.
+_OWN = frozenset(
+    {
+        *("model", "model_tag", "revision", "served_model_name"),
+        *("host", "port", "uds", "root_path", "grpc", "grpc_port", "headless"),
+        *("api_key", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"),
+    }
+)
+# Flags that can only be set; they are off by default.
+_SET_ONLY = frozenset(
+    {"aggregate_engine_logging", "data_parallel_multi_port_external_lb", "disable_log_stats"}
+)
+# Lists that it takes as JSON, and not word by word.
+_JSON_LISTS = frozenset({"allowed_headers", "allowed_methods", "allowed_origins"})
 # Arguments of vLLM's that decide where and how fast answers are made, but not what they are.
 _NO_INFLUENCE = frozenset(
     {
@@ -61,8 +73,6 @@ _NO_INFLUENCE = frozenset(
         "uvicorn_log_level",
     }
 )
-# What a model's own code has no business to read: connections, keys of the metadata database, JWT secrets.
-_SECRET_PREFIXES = ("AIRFLOW", "_AIRFLOW")
 
 
 @dataclass(frozen=True)
@@ -83,12 +93,19 @@ class ServerSpec:
     command: tuple[str, ...] = DEFAULT_COMMAND
 
     def __post_init__(self) -> None:
-        for name in self.args:
-            if name.replace("-", "_") in _OWN:
+        for name in map(_plain, self.args):
+            if name in _OWN:
                 raise ConfigError(
                     f"The engine argument {name!r} can't be given: address, key and name of a server on the worker are "
                     "its own. The model is the operator's or the connection's."
                 )
+            if name == "hf_token":
+                raise ConfigError(
+                    "The engine argument 'hf_token' can't be given, as anybody on the machine could read it from the "
+                    "command line. Set the environment variable HF_TOKEN for the worker."
+                )
+            if name == "device_ids":
+                raise ConfigError("The engine argument 'device_ids' can't be given; name the GPUs in 'gpus'.")
 
     @property
     def key(self) -> str:
@@ -100,7 +117,7 @@ class ServerSpec:
         return {
             "model": self.model,
             "revision": self.revision,
-            "args": {name.replace("-", "_"): value for name, value in self.args.items()},
+            "args": {_plain(name): value for name, value in self.args.items() if value is not None},
             "gpus": list(self.gpus),
             "command": list(self.command),
         }
@@ -125,7 +142,7 @@ class ServerSpec:
         if self.revision is not None:
             argv += ["--revision", self.revision]
         for name, value in self.args.items():
-            argv += _flag(name.replace("_", "-"), value)
+            argv += _flag(_plain(name), value)
         return argv
 
     def environment(self, *, api_key: str) -> dict[str, str]:
@@ -143,13 +160,16 @@ class ServerSpec:
 
 
 def without_secrets() -> dict[str, str]:
-    """This process's environment variables, without what is Airflow's."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_SECRET_PREFIXES)}
+    """This process's environment variables, without what is Airflow's.
+
+    Connections, keys of the metadata database, JWT secrets: a model's own code has no business to read them.
+    """
+    return {name: value for name, value in os.environ.items() if not name.lstrip("_").startswith("AIRFLOW")}
 
 
 def influence(args: Mapping[str, Any]) -> dict[str, Any]:
     """The engine arguments that may decide what a model answers; those that are not known may."""
-    named = {name.replace("-", "_"): value for name, value in args.items()}
+    named = {_plain(name): value for name, value in args.items() if value is not None}
     return {name: named[name] for name in sorted(named) if name not in _NO_INFLUENCE}
 
 
@@ -212,16 +232,20 @@ def _visible_gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*")))]
 
 
+def _plain(name: str) -> str:
+    return name.replace("-", "_")
+
+
 def _flag(name: str, value: Any) -> list[str]:
-    if value is None:
+    """An argument as vLLM's command line takes it; None is vLLM's default."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or (value is False and name in _SET_ONLY):
         return []
     if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, Mapping):
-        return [f"--{name}", json.dumps(value)]
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, Mapping) or name in _JSON_LISTS:
+        return [flag, json.dumps(value)]
     if isinstance(value, list | tuple):
-        return [
-            f"--{name}",
-            *(json.dumps(each) if isinstance(each, Mapping) else str(each) for each in value),
-        ]
-    return [f"--{name}", str(value)]
+        return [flag, *(json.dumps(each) if isinstance(each, Mapping) else str(each) for each in value)]
+    # In one word, as a value may begin like a flag.
+    return [f"{flag}={value}"]
