@@ -1,0 +1,394 @@
+"""The compose file, checked without an engine: against Compose's own schema, and against the installed Airflow.
+
+What it says to Airflow (settings, commands, connections) is read back by Airflow itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from airflow.cli import cli_parser
+from airflow.configuration import conf
+from airflow.models import Connection
+
+from airflow_vlm_provider.engines.vllm_spec import ServerSpec
+from airflow_vlm_provider.hooks.settings import VLMSettings, parse_settings
+from tests.support.compose import (
+    COMPOSE_FILE,
+    REPOSITORY,
+    VariableMissingError,
+    compose_file,
+    example_env,
+    filled_env,
+    interpolated,
+    variables_used,
+)
+
+SECRETS = {
+    "POSTGRES_PASSWORD",
+    "REDIS_PASSWORD",
+    "S3_ACCESS_KEY",
+    "S3_SECRET_KEY",
+    "AIRFLOW_JWT_SECRET",
+    "AIRFLOW_API_SECRET_KEY",
+    "AIRFLOW_FERNET_KEY",
+    "EXTERNAL_VLLM_API_KEY",
+}
+GPU_SERVICES = {"gpu-worker", "vllm"}
+ONE_TIME = {"airflow-init", "s3-bucket"}
+COMMANDS = [
+    "airflow-apiserver",
+    "airflow-scheduler",
+    "airflow-dag-processor",
+    "airflow-triggerer",
+    "airflow-init",
+    "worker",
+    "gpu-worker",
+]
+AS_IT_IS = compose_file()
+NAMES = sorted(AS_IT_IS["services"])
+AIRFLOW = sorted(
+    name
+    for name, each in AS_IT_IS["services"].items()
+    if "AIRFLOW__CORE__EXECUTOR" in each.get("environment", {})
+)
+SETTINGS = sorted(
+    {
+        (name, setting)
+        for name in AIRFLOW
+        for setting in AS_IT_IS["services"][name]["environment"]
+        if setting.startswith("AIRFLOW__")
+    }
+)
+
+
+def needs_celery(setting_or_command: str) -> None:
+    if (
+        "celery" in setting_or_command.lower()
+        and importlib.util.find_spec("airflow.providers.celery") is None
+    ):
+        pytest.skip(
+            "apache-airflow-providers-celery is not installed here: Airflow does not know what is Celery's"
+        )
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, dict[str, Any]]:
+    """The services, with the variables of a filled .env."""
+    return dict(compose_file(filled_env())["services"])
+
+
+@pytest.fixture(scope="module")
+def known_settings() -> dict[str, dict[str, Any]]:
+    """Every setting that Airflow and its providers know, by section and name."""
+    return {section: each["options"] for section, each in conf.configuration_description.items()}
+
+
+def test_it_is_what_compose_takes():
+    check = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "check_jsonschema",
+            "--builtin-schema",
+            "vendor.compose-spec",
+            str(COMPOSE_FILE),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
+
+
+# ------------------------------------------------------------------------------------------------ variables and secrets
+
+
+def test_the_example_names_the_variables_that_are_used_and_no_others():
+    assert {name for name, _, _ in variables_used()} == set(example_env())
+
+
+def test_no_secret_has_a_default():
+    example = example_env()
+    for name, kind, _ in variables_used():
+        if name in SECRETS:
+            assert kind == "?", name
+            assert example[name] == "", name
+
+
+def test_what_looks_like_a_secret_is_known_as_one():
+    looking = {name for name in example_env() if any(word in name for word in ("PASSWORD", "SECRET", "KEY"))}
+    assert looking == SECRETS
+
+
+def test_defaults_are_what_the_example_says():
+    example = example_env()
+    for name, kind, default in variables_used():
+        if kind == "-":
+            assert default == example[name], name
+
+
+@pytest.mark.parametrize("name", sorted(SECRETS | {"VLM_MODEL", "VLM_ENGINE_ARGS"}))
+def test_it_does_not_start_without(name):
+    with pytest.raises(VariableMissingError, match=f"^{name}$"):
+        compose_file({**filled_env(), name: ""})
+
+
+def test_it_starts_without_what_is_optional():
+    needed = {name for name, kind, _ in variables_used() if kind == "?"}
+
+    compose_file({name: value for name, value in filled_env().items() if name in needed})
+
+
+@pytest.mark.parametrize("text", ["${A:-{}}", "${A:-a$b}", "${A}", "$A", "${A-b}"])
+def test_forms_of_variables_that_are_not_understood_are_not_overlooked(text):
+    with pytest.raises(ValueError, match="not known here"):
+        interpolated(f"before {text} after", {"A": "b"})
+
+
+def test_secrets_are_where_they_are_needed_and_on_no_command_line():
+    allowed = {
+        "postgres": {"POSTGRES_PASSWORD"},
+        "redis": {"REDIS_PASSWORD"},
+        "s3": {"S3_ACCESS_KEY", "S3_SECRET_KEY"},
+        "vllm": {"EXTERNAL_VLLM_API_KEY"},
+    }
+    holding = compose_file({name: f"<{name}>" for name in example_env()})["services"]
+    for service, names in allowed.items():
+        assert {name for name in SECRETS if f"<{name}>" in json.dumps(holding[service])} == names, service
+    # Other users of a machine can read command lines.
+    for service, each in holding.items():
+        assert not any(f"<{name}>" in json.dumps(each.get("command")) for name in SECRETS), service
+
+
+# ------------------------------------------------------------------------------------------- what Airflow is told
+
+
+@pytest.mark.parametrize(("service", "name"), SETTINGS)
+def test_airflow_knows_the_setting_and_its_value_fits(services, known_settings, service, name):
+    needs_celery(name)
+    section, option = name.removeprefix("AIRFLOW__").lower().split("__")
+    assert option in known_settings.get(section, {}), f"[{section}] {option} is no setting of Airflow's"
+    value = services[service]["environment"][name]
+    assert isinstance(value, str), "in YAML, a boolean or number without quotes is changed on its way"
+    match known_settings[section][option]["type"]:
+        case "boolean":
+            assert value in ("true", "false")
+        case "integer":
+            int(value)
+        case "float":
+            float(value)
+        case kind:
+            assert kind == "string"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_airflow_understands_the_command(services, name):
+    needs_celery(services[name]["command"])
+
+    parsed = cli_parser.get_parser().parse_args(shlex.split(services[name]["command"]))
+
+    assert callable(parsed.func)
+
+
+def test_no_command_of_airflows_is_left_out():
+    assert set(COMMANDS) == set(AIRFLOW) - {"s3-bucket"}
+
+
+@pytest.mark.parametrize("name", ["airflow-dag-processor", "airflow-triggerer"])
+def test_airflow_understands_the_health_check(services, name):
+    kind, command, *arguments = services[name]["healthcheck"]["test"]
+    assert (kind, command) == ("CMD", "airflow")
+
+    parsed = cli_parser.get_parser().parse_args(arguments)
+
+    # Both jobs are those of the command that the service runs.
+    assert parsed.job_type.removesuffix("Job").lower() == services[name]["command"].replace("-", "")
+
+
+def test_health_checks_over_http_ask_the_port_that_the_service_has(services):
+    scheduler = conf.get("scheduler", "scheduler_health_check_server_port")
+    assert f":{scheduler}/health" in services["airflow-scheduler"]["healthcheck"]["test"][-1]
+    assert services["airflow-scheduler"]["environment"]["AIRFLOW__SCHEDULER__ENABLE_HEALTH_CHECK"] == "true"
+    api = conf.get("api", "port")
+    assert f":{api}/api/v2/" in services["airflow-apiserver"]["healthcheck"]["test"][-1]
+    assert services["airflow-apiserver"]["ports"][0].endswith(f":{api}")
+    assert (
+        f":{api}/execution/" in services["worker"]["environment"]["AIRFLOW__CORE__EXECUTION_API_SERVER_URL"]
+    )
+    port = services["vllm"]["command"][services["vllm"]["command"].index("--port") + 1]
+    assert f":{port}/health" in services["vllm"]["healthcheck"]["test"][-1]
+    assert f"//vllm:{port}/v1" in services["worker"]["environment"]["AIRFLOW_CONN_VLM_EXTERNAL"]
+
+
+@pytest.mark.parametrize("name", ["worker", "gpu-worker"])
+def test_a_workers_health_check_asks_that_worker(services, name):
+    command = shlex.split(services[name]["command"])
+    called = command[command.index("--celery-hostname") + 1]
+
+    assert services[name]["healthcheck"]["test"][-1].endswith(called.replace("%h", "$HOSTNAME"))
+
+
+def test_each_queue_has_its_worker(services):
+    def queue(name: str) -> str:
+        command = shlex.split(services[name]["command"])
+        return command[command.index("--queues") + 1]
+
+    assert queue("worker") == conf.get("operators", "default_queue")
+    for name in AIRFLOW:
+        assert queue("gpu-worker") == services[name]["environment"]["AIRFLOW__VLM__GPU_QUEUE"], name
+
+
+def connection(services: dict[str, dict[str, Any]], conn_id: str) -> Connection:
+    return Connection(
+        conn_id=conn_id, **json.loads(services["worker"]["environment"][f"AIRFLOW_CONN_{conn_id.upper()}"])
+    )
+
+
+def vlm_settings(services: dict[str, dict[str, Any]], conn_id: str) -> VLMSettings:
+    found = connection(services, conn_id)
+    assert found.conn_type == "vlm"
+    settings, _ = parse_settings(
+        conn_id, host=found.host, port=found.port, schema=found.schema, extra=found.extra
+    )
+    return settings
+
+
+def test_the_default_connection_has_the_worker_start_vllm(services):
+    settings = vlm_settings(services, "vlm_default")
+
+    assert (settings.engine, settings.model) == ("vllm", example_env()["VLM_MODEL"])
+    assert settings.engine_args == json.loads(example_env()["VLM_ENGINE_ARGS"])
+    spec = ServerSpec(model=settings.model, gpus=("0",), args=settings.engine_args, command=("vllm", "serve"))
+    assert "--max-model-len 16384" in " ".join(spec.argv(port=1)).replace("=", " ")
+
+
+@pytest.mark.parametrize("arguments", ["{}", '{"tensor_parallel_size": 2, "dtype": "bfloat16"}'])
+def test_engine_arguments_of_ones_own_fit_in(arguments):
+    services = compose_file({**filled_env(), "VLM_ENGINE_ARGS": arguments})["services"]
+
+    assert vlm_settings(services, "vlm_default").engine_args == json.loads(arguments)
+
+
+def test_the_other_connections_lead_to_the_services(services):
+    external = vlm_settings(services, "vlm_external")
+    assert (external.engine, external.base_url) == ("openai", "http://vllm:8000/v1")
+    assert connection(services, "vlm_external").password == services["vllm"]["environment"]["VLLM_API_KEY"]
+    aws = connection(services, "aws_default")
+    assert aws.extra_dejson["endpoint_url"] == "http://s3:8333"
+    assert aws.login == services["s3"]["environment"]["AWS_ACCESS_KEY_ID"]
+    assert aws.password == services["s3"]["environment"]["AWS_SECRET_ACCESS_KEY"]
+
+
+def test_all_of_airflow_has_the_same_settings_but_for_a_few(services):
+    own = {
+        "gpu-worker": {"AIRFLOW__VLM__ENGINE_IDLE_TIMEOUT", "HF_TOKEN"},
+        "worker": {"DUMB_INIT_SETSID"},
+        "airflow-apiserver": {"AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE"},
+        "airflow-scheduler": {"AIRFLOW__SCHEDULER__ENABLE_HEALTH_CHECK"},
+    }
+    shared = services["airflow-triggerer"]["environment"]
+    for name in AIRFLOW:
+        environment = services[name]["environment"]
+        assert {key: value for key, value in environment.items() if key not in own.get(name, ())} == shared, (
+            name
+        )
+
+
+def test_what_is_copied_into_the_example_server_is_json_for_vllm():
+    config = compose_file(filled_env())["configs"]["vllm"]["content"]
+
+    assert json.loads(config) == json.loads(example_env()["VLM_ENGINE_ARGS"])
+    assert AS_IT_IS["services"]["vllm"]["configs"][0]["target"] in AS_IT_IS["services"]["vllm"]["command"]
+
+
+# ------------------------------------------------------------------------------------------ users, health, GPUs, volumes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_runs_as_root(services, name):
+    user = str(services[name]["user"]).split(":")[0]
+    assert user not in ("", "0", "root")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_service_says_how_it_is_or_ends(services, name):
+    if name in ONE_TIME:
+        assert "healthcheck" not in services[name]
+        assert services[name]["restart"] in ("no", "on-failure")
+    else:
+        assert services[name]["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL")
+        assert services[name]["restart"] == "unless-stopped"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_those_that_are_said_to_have_a_gpu_reserve_one(services, name):
+    devices = services[name].get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+    if name in GPU_SERVICES:
+        assert devices == [{"driver": "nvidia", "count": "1", "capabilities": ["gpu"]}]
+        assert services[name]["init"] is True
+        assert services[name]["shm_size"]
+    else:
+        assert devices == []
+
+
+def test_only_with_its_profile_is_there_a_server_beside_the_gpu_worker(services):
+    assert {name for name in NAMES if services[name].get("profiles")} == {"vllm"}
+
+
+def test_the_table_at_the_top_tells_where_the_gpus_are():
+    lines = [
+        line.removeprefix("#") for line in COMPOSE_FILE.read_text().splitlines() if line.startswith("#   ")
+    ]
+    start = next(number for number, line in enumerate(lines) if line.split()[0] == "service")
+    saying, told = "", {}
+    for line in lines[start + 1 :]:
+        if not line.startswith("   " + " " * 20):
+            saying = line[:22].strip()
+        if line.split()[-1] in ("yes", "no"):
+            told[saying] = line.split()[-1]
+    named = {name.strip(): answer for names, answer in told.items() for name in names.split(",")}
+    assert {name for name, answer in named.items() if answer == "yes"} == GPU_SERVICES
+    airflow = {name for name in NAMES if name.startswith("airflow-")}
+    assert set(named) - {"airflow-*"} | airflow == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_volumes_are_declared_and_folders_are_there(services, name):
+    for mount in services[name].get("volumes", []):
+        source = mount.split(":")[0]
+        if source.startswith("."):
+            assert (REPOSITORY / source).is_dir(), source
+            assert mount.endswith(":ro"), "what is this machine's is for reading"
+        else:
+            assert source in AS_IT_IS["volumes"]
+
+
+def test_no_volume_is_declared_in_vain():
+    used = {
+        mount.split(":")[0] for each in AS_IT_IS["services"].values() for mount in each.get("volumes", [])
+    }
+    assert set(AS_IT_IS["volumes"]) == {source for source in used if not source.startswith(".")}
+
+
+def test_what_is_waited_for_is_there_and_says_so(services):
+    for name in NAMES:
+        for other, how in services[name].get("depends_on", {}).items():
+            expected = "service_completed_successfully" if other in ONE_TIME else "service_healthy"
+            assert how == {"condition": expected}, (name, other)
+
+
+def test_the_migration_comes_before_all_that_is_airflow_and_the_api_server_before_the_workers(services):
+    def before(name: str) -> set[str]:
+        return {other for each in services[name].get("depends_on", {}) for other in {each} | before(each)}
+
+    for name in set(AIRFLOW) - ONE_TIME:
+        assert {"airflow-init", "postgres", "redis"} <= before(name), name
+    assert "airflow-apiserver" in before("worker") & before("gpu-worker")
+    assert before("s3-bucket") == {"s3"}
