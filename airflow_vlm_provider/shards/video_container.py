@@ -70,7 +70,6 @@ def open_video(file: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
     av = import_av()
     reader = file.reader()
     try:
-        file.check()
         container = _open(av, file, reader, **LIMITS)
         try:
             with _libav_errors(av, reader):
@@ -83,6 +82,17 @@ def open_video(file: VideoFile) -> Iterator[tuple[InputContainer, VideoStream]]:
                     raise reader.failed
         finally:
             container.close()
+    except SampleError:
+        # Perhaps only because it was written to.
+        _check(file)
+        raise
+    except ObjectChangedError as error:
+        raise TransientError(str(error)) from error
+    _check(file)
+
+
+def _check(file: VideoFile) -> None:
+    try:
         file.check()
     except ObjectChangedError as error:
         raise TransientError(str(error)) from error

@@ -63,6 +63,7 @@ def video(
     muxer: dict[str, str] | None = None,
     pictures: Sequence[Image.Image] | None = None,
     noisy: bool = False,
+    path: Path | None = None,
 ) -> bytes:
     """
     Encode a video.
@@ -74,6 +75,7 @@ def video(
     :param sound: Seconds of silence.
     :param rotation: Degrees, counterclockwise, by which players turn it.
     :param shape: Width to height of a pixel.
+    :param path: Write it there first: some headers are only written last, or moved to the beginning, in a file.
     :param noisy: Make them large in bytes.
     :param pictures: What to show in place of numbers.
     """
@@ -81,7 +83,7 @@ def video(
     shown = pictures or [numbered(number, size, noisy=noisy) for number in range(len(times))]
     ends = [*times[1:], times[-1] + (last or 1 / fps)]
     out = io.BytesIO()
-    with av.open(out, "w", format=container, options=muxer or {}) as file:
+    with av.open(str(path) if path else out, "w", format=container, options=muxer or {}) as file:
         stream: Any = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height = shown[0].size
         stream.pix_fmt = pixels
@@ -125,7 +127,7 @@ def video(
         _mux(file, stream.encode(None), lengths)
         if silence is not None:
             _mux_silence(file, silence, start, sound)
-    return out.getvalue()
+    return path.read_bytes() if path else out.getvalue()
 
 
 def _mux(file: Any, packets: Sequence[Any], lengths: dict[int, int]) -> None:

@@ -187,7 +187,7 @@ def test_a_file_that_is_written_to_while_it_is_hashed(data: Path, monkeypatch: p
     assert isinstance(failure(loader(data), "a.mp4"), TransientError)
 
 
-@pytest.mark.parametrize("change", ["written", "cut"])
+@pytest.mark.parametrize("change", ["written", "damaged", "cut"])
 def test_a_file_that_is_written_to_before_it_is_decoded(data: Path, change: str) -> None:
     """An answer about it must not be filed under the old bytes' key."""
     media = loader(data)
@@ -196,7 +196,7 @@ def test_a_file_that_is_written_to_before_it_is_decoded(data: Path, change: str)
         if change == "cut":
             stream.truncate(len(CLIP) // 2)
         else:
-            stream.write(CLIP[:100])
+            stream.write(CLIP[:100] if change == "written" else bytes(len(CLIP)))
     for attempt in (media.probe, lambda source: media.prepare(source, frames=ONE_A_SECOND)):
         with pytest.raises(TransientError) as caught:
             attempt(source)

@@ -102,9 +102,10 @@ def test_pictures_that_no_other_refers_to_are_left_out() -> None:
     assert sum(given) < 310
 
 
-def test_durations_that_are_wrong_do_not_lead_to_another_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", [38, 39, 40, 41])
+def test_durations_that_are_wrong_do_not_lead_to_another_picture(before: int) -> None:
     """What is left out is told by packets' durations, which are those between decoding."""
-    times = [k * 0.04 for k in range(40)] + [5 + k * 0.04 for k in range(40)]
+    times = [k * 0.04 for k in range(before)] + [5 + k * 0.04 for k in range(40)]
     data = video(times=times, last=0.04, gop=1000, b_frames=2)
     asked = [1.58, 1.59, 3.0, 4.99, 5.01, 6.0]
     expected = [max(n for n, at in enumerate(times) if at <= time) for time in asked]
@@ -127,8 +128,13 @@ def test_a_keyframe_that_is_too_late_is_gone_back_from(
     def too_late(self: VideoFrames, time: float) -> bool:
         return seek(self, time + 2.5)
 
+    def much_too_late(self: VideoFrames, time: float) -> bool:
+        return seek(self, time + 1000 if time else 0)
+
     monkeypatch.setattr(VideoFrames, "_seek", too_late)
     asked = [5.05, 11.05, 17.05, 25.05]
+    assert decoded(data, asked)[0] == [50, 110, 170, 250]
+    monkeypatch.setattr(VideoFrames, "_seek", much_too_late)
     assert decoded(data, asked)[0] == [50, 110, 170, 250]
 
 
