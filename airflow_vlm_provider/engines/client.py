@@ -97,3 +97,13 @@ def check_headers(name: str, api_key: str, headers: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"{name}: the value of header {header!r} holds characters that no header can carry."
             )
+
+
+def check_positive(name: str, **values: float | None) -> None:
+    """See that values that are given are above 0.
+
+    :raises ConfigError: one is not.
+    """
+    for parameter, value in values.items():
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name}: {parameter} must be more than 0, not {value!r}.")

@@ -37,7 +37,7 @@ _HTTPX_UNCONNECTED = {"ConnectError", "ConnectTimeout"}
 class PassingError(Exception):
     """A failure that may not happen again: worth another attempt.
 
-    :param reason: ``unreachable`` (no connection was made), ``rate_limit``, or ``other``.
+    :param reason: ``unreachable`` (no connection was made), ``rate_limit``, ``timeout``, or ``other``.
     :param retry_after: Seconds that the endpoint asked to wait; None when it did not say.
     """
 
@@ -45,7 +45,7 @@ class PassingError(Exception):
         self,
         message: str,
         *,
-        reason: Literal["unreachable", "rate_limit", "other"] = "other",
+        reason: Literal["unreachable", "rate_limit", "timeout", "other"] = "other",
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
 
 from aiolimiter import AsyncLimiter
 
-from airflow_vlm_provider.types import Request, Usage
+from airflow_vlm_provider.engines.failures import PassingError
+from airflow_vlm_provider.engines.pressure import Ended, Pressure
+from airflow_vlm_provider.engines.vllm_metrics import Metrics
+from airflow_vlm_provider.engines.vllm_watch import metrics_url, watch_server
+from airflow_vlm_provider.engines.window import Window
+from airflow_vlm_provider.types import Answer, Request, Usage
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+log = logging.getLogger(__name__)
 
 _TOKENS_PER_MEDIUM = 1000
 _TOKENS_PER_ANSWER = 256
@@ -16,7 +29,8 @@ _CHARACTERS_PER_TOKEN = 4
 class Limits:
     """Lets requests through, first come first served.
 
-    :param concurrency: Requests in flight at most: the size of :attr:`window`.
+    :param concurrency: Requests in flight at most: the largest size of :attr:`window`, which follows what the endpoint
+        can take.
     :param requests_per_minute: None is no limit.
     :param tokens_per_minute: Prompt and completion tokens together; None is no limit.
     """
@@ -28,7 +42,10 @@ class Limits:
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
     ) -> None:
-        self.window = asyncio.Semaphore(concurrency)
+        self.pressure = Pressure(concurrency)
+        self.window = Window(self.pressure.size)
+        self._watcher: asyncio.Task[None] | None = None
+        self._said = False
         # The buckets are small, so that no minute sees much more than its due: a bucket of a whole minute would
         # let through twice the rate in the first one.
         self._requests = _bucket(requests_per_minute, seconds=1)
@@ -36,6 +53,31 @@ class Limits:
         self._order = asyncio.Lock()
         self._paused_until = 0.0
         self._closed = asyncio.Event()
+
+    def watch(self, client: AsyncOpenAI, endpoint: str) -> None:
+        """Look at what the server tells of itself, if it is vLLM, until :meth:`close`.
+
+        :param endpoint: The URL that requests are sent to.
+        """
+        if url := metrics_url(endpoint):
+            watching = watch_server(client, url, busy=lambda: self.pressure.in_flight > 0, tell=self._seen)
+            self._watcher = asyncio.ensure_future(watching)
+
+    async def watched(self, sending: Awaitable[Answer | Exception]) -> Answer | Exception:
+        """Send a request, inside of :attr:`window`, and learn from how it ends what the endpoint can take."""
+        now = asyncio.get_running_loop().time
+        sent = self.pressure.send(now())
+        ended: Ended = "failed"
+        try:
+            answer = await sending
+            if isinstance(answer, Answer):
+                ended = "answered"
+            elif isinstance(answer, PassingError) and answer.reason in ("rate_limit", "timeout"):
+                ended = "refused"
+            return answer
+        finally:
+            self.pressure.end(sent, now(), ended)
+            self._resize()
 
     async def permit(self, tokens: float) -> None:
         """Wait until one more request of so many tokens may be sent, or until :meth:`close`."""
@@ -67,6 +109,22 @@ class Limits:
     def close(self) -> None:
         """End every wait at once: there is nothing more to wait for."""
         self._closed.set()
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    def _seen(self, metrics: Metrics | None) -> None:
+        self.pressure.look(metrics)
+        self._resize()
+
+    def _resize(self) -> None:
+        size = self.pressure.size
+        if size != self.window.size:
+            self.window.resize(size)
+        if not self._said and self.pressure.is_limited and self.window.waiting:
+            self._said = True
+            log.info(
+                "The endpoint can't take more for now: %d requests in flight, which follow its load", size
+            )
 
     def _left_of_pause(self) -> float:
         return self._paused_until - asyncio.get_running_loop().time()

@@ -16,6 +16,7 @@ from airflow_vlm_provider.engines.chat import ResponsePath, build_body, read_ans
 from airflow_vlm_provider.engines.client import (
     check_address,
     check_headers,
+    check_positive,
     make_client,
     own_headers,
     transport_errors,
@@ -93,7 +94,7 @@ class OpenAIEngine:
     ) -> None:
         if (client is None) == (base_url is None):
             raise TypeError("Give either client or base_url.")
-        _check_positive(
+        check_positive(
             name,
             concurrency=concurrency,
             requests_per_minute=requests_per_minute,
@@ -123,23 +124,16 @@ class OpenAIEngine:
         self._structured_output = structured_output
         self._detail = detail
         self._warned_of_rate_limit = False
-        endpoint = self._api_endpoint
-        if not urlsplit(endpoint).scheme:
-            endpoint = f"{self._base_url.rstrip('/')}/{endpoint.lstrip('/')}"
-        password = urlsplit(self._base_url).password or ""
+        self._url = self._api_endpoint
+        if not urlsplit(self._url).scheme:
+            self._url = f"{self._base_url.rstrip('/')}/{self._url.lstrip('/')}"
+        endpoint = public_url(self._url)
         self._name = name
-        self._diagnosis = Diagnosis(
-            name=name,
-            endpoint=public_url(endpoint),
-            model=model,
-            secrets=[self._api_key, password, *self._headers.values()],
-        )
-        self._abilities = Abilities(name=name, endpoint=public_url(endpoint), structured=structured_output)
+        secrets = [self._api_key, urlsplit(self._base_url).password or "", *self._headers.values()]
+        self._diagnosis = Diagnosis(name=name, endpoint=endpoint, model=model, secrets=secrets)
+        self._abilities = Abilities(name=name, endpoint=endpoint, structured=structured_output)
         self._health = Health(
-            name=name,
-            endpoint=public_url(endpoint),
-            max_attempts=max_attempts,
-            outage_timeout=outage_timeout,
+            name=name, endpoint=endpoint, max_attempts=max_attempts, outage_timeout=outage_timeout
         )
         self._limits = Limits(
             concurrency=concurrency,
@@ -154,7 +148,12 @@ class OpenAIEngine:
     @property
     def window(self) -> int:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
-        return self.concurrency
+        return self._limits.window.size
+
+    @property
+    def pressure(self) -> str | None:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return self._limits.pressure.sentence()
 
     def parameters(self) -> Mapping[str, Any]:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
@@ -179,6 +178,7 @@ class OpenAIEngine:
         self._client = self._given_client or make_client(
             base_url=self._base_url, api_key=self._api_key, timeout=self._timeout, headers=self._headers
         )
+        self._limits.watch(self._client, self._url)
         return self
 
     async def __aexit__(
@@ -229,7 +229,7 @@ class OpenAIEngine:
                     detail=self._detail,
                 )
                 self._health.sending(turn)
-                answer = await self._send(body, turn)
+                answer = await self._limits.watched(self._send(body, turn))
                 if not isinstance(answer, UnsupportedError) or answer.feature in refused:
                     break
                 refused.add(answer.feature)
@@ -266,7 +266,9 @@ class OpenAIEngine:
         except UnicodeDecodeError:
             return diagnosis.of_content("bytes that are not UTF-8", body)
         except TimeoutError:
-            return PassingError(f"{diagnosis.endpoint} gave no answer within {self._timeout:g} s")
+            return PassingError(
+                f"{diagnosis.endpoint} gave no answer within {self._timeout:g} s", reason="timeout"
+            )
         except lost as error:
             return diagnosis.of_exception(error)
         return self._read(data, body, turn)
@@ -348,9 +350,3 @@ def _failure(state: RetryCallState) -> PassingError:
     failure = state.outcome.exception()
     assert isinstance(failure, PassingError)
     return failure
-
-
-def _check_positive(name: str, **values: float | None) -> None:
-    for parameter, value in values.items():
-        if value is not None and value <= 0:
-            raise ConfigError(f"{name}: {parameter} must be more than 0, not {value!r}.")
