@@ -21,10 +21,12 @@ class Bottleneck:
     """Counts what a run waited for. For one thread.
 
     :param window: How many requests the engine takes at the moment.
+    :param pressure: Why it does not take more, in a sentence; None if that is not known.
     """
 
-    def __init__(self, window: Callable[[], int]) -> None:
+    def __init__(self, window: Callable[[], int], pressure: Callable[[], str | None] = lambda: None) -> None:
         self._window = window
+        self._pressure = pressure
         self._preparing = 0
         self._asking = 0
         self._bound: Counter[Stage] = Counter()
@@ -76,11 +78,12 @@ class Bottleneck:
         if not shares:
             return None
         said = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
-        hint = _HINTS[next(iter(shares))]
+        stage = next(iter(shares))
+        why = (self._pressure() if stage == "engine" else None) or ""
         looks = self._bound.total()
         return (
             f"What bound the run: {said} of the time. On average {self._in_flight / looks:.1f} requests were with the "
-            f"engine, which took {self._room / looks:.1f}. {hint}"
+            f"engine, which took {self._room / looks:.1f}. {why}{' ' if why else ''}{_HINTS[stage]}"
         )
 
 

@@ -133,7 +133,7 @@ class ShardRunner:
         self._before: dict[str, Manifest] = {}
         self._stopped = False
         self.progress = Progress(shards=0, total_bytes=0)
-        self.bottleneck = Bottleneck(lambda: engine.window)
+        self.bottleneck = Bottleneck(lambda: engine.window, lambda: engine.pressure)
 
     def committed(self, shard: ObjectInfo) -> Manifest | None:
         """The shard's manifest, if nothing is left to do for it. Blocks on the store.

@@ -27,6 +27,10 @@ class Engine(Protocol):
         """How many requests it keeps in flight at the moment: at most :attr:`concurrency`."""
 
     @property
+    def pressure(self) -> str | None:
+        """What kept :attr:`window` from being larger, and how the server fared, in a sentence; None if not known."""
+
+    @property
     def takes_video(self) -> bool:
         """Whether a video may be sent as such, as far as is known; otherwise its frames are sent as images."""
 

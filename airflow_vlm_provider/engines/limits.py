@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _TOKENS_PER_MEDIUM = 1000
 _TOKENS_PER_ANSWER = 256
 _CHARACTERS_PER_TOKEN = 4
+_HELD_SECONDS = 0.01
 
 
 class Limits:
@@ -46,6 +47,7 @@ class Limits:
         self.window = Window(self.pressure.size)
         self._watcher: asyncio.Task[None] | None = None
         self._said = False
+        self._asked = self._held = 0
         # The buckets are small, so that no minute sees much more than its due: a bucket of a whole minute would
         # let through twice the rate in the first one.
         self._requests = _bucket(requests_per_minute, seconds=1)
@@ -81,8 +83,10 @@ class Limits:
 
     async def permit(self, tokens: float) -> None:
         """Wait until one more request of so many tokens may be sent, or until :meth:`close`."""
+        self._asked += 1
         if self._requests or self._tokens or self._left_of_pause() > 0:
             # AsyncLimiter serves small amounts before large ones; the lock keeps the order.
+            came = asyncio.get_running_loop().time()
             async with self._order:
                 if self._requests and not self._closed.is_set():
                     await self._requests.acquire()
@@ -92,6 +96,18 @@ class Limits:
                     tokens -= part
                 while (left := self._left_of_pause()) > 0 and not self._closed.is_set():
                     await self.sleep(left)
+            if asyncio.get_running_loop().time() - came > _HELD_SECONDS:
+                self._held += 1
+
+    def sentence(self) -> str | None:
+        """What kept requests from being sent, in a sentence; None if nothing did, or it is not known."""
+        said = self.pressure.sentence()
+        if self._held and (self._requests or self._tokens):
+            rates = (
+                f"{self._held} of {self._asked} requests were held back by the connection's rates per minute."
+            )
+            return f"{said} {rates}" if said else rates
+        return said
 
     def pause(self, seconds: float) -> None:
         """Send nothing for so long; a longer pause in force stays."""

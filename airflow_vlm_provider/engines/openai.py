@@ -153,7 +153,7 @@ class OpenAIEngine:
     @property
     def pressure(self) -> str | None:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
-        return self._limits.pressure.sentence()
+        return self._limits.sentence()
 
     def parameters(self) -> Mapping[str, Any]:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""

@@ -135,6 +135,11 @@ class TransformersEngine:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
         return self.concurrency
 
+    @property
+    def pressure(self) -> str | None:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return None
+
     def parameters(self) -> Mapping[str, Any]:
         """What decides an answer besides the request."""
         return {

@@ -101,6 +101,7 @@ class VLLMEngine:
         self._threads: ThreadPoolExecutor | None = None
         self._stopped = threading.Event()
         self._server: asyncio.Future[_Server] | None = None
+        self._asked: OpenAIEngine | None = None
         self._watcher: asyncio.Task[None] | None = None
         # Of this task's suspects, one at a time contends with other tasks'.
         self._suspects: asyncio.Lock | None = None
@@ -108,7 +109,12 @@ class VLLMEngine:
     @property
     def window(self) -> int:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
-        return self.concurrency
+        return self.concurrency if self._asked is None else self._asked.window
+
+    @property
+    def pressure(self) -> str | None:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return None if self._asked is None else self._asked.pressure
 
     def parameters(self) -> Mapping[str, Any]:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
@@ -227,7 +233,7 @@ class VLLMEngine:
         attached = await self._in_thread(lambda: lease.attach(stopped=self._stopped.is_set))
         if attached is None:
             raise asyncio.CancelledError
-        engine = OpenAIEngine(
+        self._asked = engine = OpenAIEngine(
             base_url=f"{attached.url}/v1",
             api_key=attached.api_key,
             name=f"vLLM on this worker ({lease.server.key})",

@@ -69,6 +69,7 @@ class ScriptedEngine:
 
     model = "scripted"
     takes_video = True
+    pressure: str | None = None
 
     def __init__(
         self,
