@@ -6,14 +6,15 @@ only the captioned one. Of four candidates that the model draws for each image, 
 sample's own words is kept.
 
 The model is loaded by each task into its own process, so there should be few tasks, each with many shards, and no
-more of them at a time than there are GPUs: give the pool of ``[vlm] gpu_pool`` as many slots.
+more of them at a time than there are GPUs. They run where ``[vlm] gpu_queue`` and ``[vlm] gpu_pool`` say: give that pool
+as many slots.
 """
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from airflow.sdk import DAG, Param, conf
+from airflow.sdk import DAG, Param
 
 from airflow_vlm_provider.operators.image_captioning import ImageCaptioningOperator
 from airflow_vlm_provider.operators.shards import PlanShardsOperator
@@ -22,15 +23,6 @@ SOURCE = "s3://datasets/images"
 DESTINATION = "s3://datasets/images-captioned"
 MODEL = "Salesforce/blip2-opt-2.7b"
 KEEP_ORIGINALS = True
-
-placement = {
-    name: value
-    for name, value in {
-        "queue": conf.get("vlm", "gpu_queue", fallback=None),
-        "pool": conf.get("vlm", "gpu_pool", fallback=None),
-    }.items()
-    if value
-}
 
 with DAG(
     dag_id="nightly_image_captioning",
@@ -66,5 +58,4 @@ with DAG(
         gpu_batch_size=8,
         max_new_tokens=64,
         seed=1,
-        **placement,
     ).expand(shards=plan.output)

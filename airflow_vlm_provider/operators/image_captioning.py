@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_vlm_provider.operators.aliases import model_alias
 from airflow_vlm_provider.operators.base import ShardOperator
 from airflow_vlm_provider.operators.engines import EngineOptions
-from airflow_vlm_provider.operators.parameters import ParameterError, check_parameters
+from airflow_vlm_provider.operators.parameters import ParameterError, check_parameters, special_tokens
 from airflow_vlm_provider.steps.base import Step
 from airflow_vlm_provider.steps.image_captioning import ImageCaptioningStep
 
@@ -133,10 +133,5 @@ class ImageCaptioningOperator(ShardOperator):
             missing_placeholders=self.missing_placeholders,
             text_key=self.text_key,
             image_key=self.image_key,
-            special_tokens=(
-                self.image_special_token,
-                self.video_special_token,
-                self.audio_special_token,
-                self.eoc_special_token,
-            ),
+            special_tokens=special_tokens(self),
         )

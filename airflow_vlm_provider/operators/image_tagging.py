@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from airflow_vlm_provider.operators.base import ShardOperator
-from airflow_vlm_provider.operators.parameters import check_parameters
+from airflow_vlm_provider.operators.parameters import check_parameters, special_tokens
 from airflow_vlm_provider.steps.base import Step
 from airflow_vlm_provider.steps.tagging import TaggingStep
 
@@ -59,10 +59,5 @@ class ImageTaggingVLMOperator(ShardOperator):
             text_key=self.text_key,
             image_key=self.image_key,
             meta_key=self.meta_key,
-            special_tokens=(
-                self.image_special_token,
-                self.video_special_token,
-                self.audio_special_token,
-                self.eoc_special_token,
-            ),
+            special_tokens=special_tokens(self),
         )

@@ -14,6 +14,7 @@ from airflow.sdk.exceptions import AirflowFailException
 from airflow_vlm_provider.errors import ConfigError
 from airflow_vlm_provider.operators.destination import check_destination
 
+SPECIAL_TOKENS = ("image", "video", "audio", "eoc")
 ENGINES = ("openai", "vllm", "transformers")
 # Stands for what a mapped operator does not know yet.
 UNKNOWN = "{{ mapped }}"
@@ -120,7 +121,7 @@ def _check_values(given: Any) -> None:
         value = getattr(given, name)
         if not isinstance(value, str) or not value:
             raise ParameterError(f"{name}={value!r} must be a field's name.")
-    tokens = {name: getattr(given, f"{name}_special_token") for name in ("image", "video", "audio", "eoc")}
+    tokens = dict(zip(SPECIAL_TOKENS, special_tokens(given), strict=True))
     for name, value in tokens.items():
         if not isinstance(value, str) or not value:
             raise ParameterError(f"{name}_special_token={value!r} must be a string that is not empty.")
@@ -130,6 +131,14 @@ def _check_values(given: Any) -> None:
                 f"{name}_special_token={tokens[name]!r} is part of {other}_special_token={tokens[other]!r}; choose tokens "
                 "that can be told apart."
             )
+
+
+def special_tokens(given: Any) -> tuple[str, ...]:
+    """What stands in a text for an image, a video and a sound, and what ends a chunk.
+
+    :param given: The operator, or anything with its attributes.
+    """
+    return tuple(getattr(given, f"{name}_special_token") for name in SPECIAL_TOKENS)
 
 
 def _check_lists(given: Any) -> None:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 from airflow_vlm_provider.operators.aliases import model_alias
 from airflow_vlm_provider.operators.base import ShardOperator
 from airflow_vlm_provider.operators.engines import EngineOptions
-from airflow_vlm_provider.operators.parameters import ENGINES, ParameterError, check_parameters
+from airflow_vlm_provider.operators.parameters import (
+    ENGINES,
+    ParameterError,
+    check_parameters,
+    special_tokens,
+)
 from airflow_vlm_provider.steps.base import Step
 from airflow_vlm_provider.steps.video_captioning import VideoCaptioningStep
 
@@ -145,12 +150,7 @@ class VideoCaptioningFromVLMOperator(ShardOperator):
             text_key=self.text_key,
             video_key=self.video_key,
             meta_key=self.meta_key,
-            special_tokens=(
-                self.image_special_token,
-                self.video_special_token,
-                self.audio_special_token,
-                self.eoc_special_token,
-            ),
+            special_tokens=special_tokens(self),
         )
 
 

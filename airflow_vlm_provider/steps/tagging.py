@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from airflow_vlm_provider.errors import ConfigError, SampleError
 from airflow_vlm_provider.steps.base import StepRun
 from airflow_vlm_provider.steps.parsing import PARSER_VERSION, parse_tags
 from airflow_vlm_provider.steps.prompts import TAGGING_INPUT, TAGGING_SYSTEM
+from airflow_vlm_provider.steps.rows import excerpt, malformed, read_references, read_text
 from airflow_vlm_provider.steps.sampling import RETRY_TEMPERATURE, asked_again, read_sampling
 from airflow_vlm_provider.steps.tags import MAX_TAG_LENGTH, MAX_TAGS, MIN_TAGS
 from airflow_vlm_provider.types import Answer, Choice, MediaRef, Request, Result, Row, Sample
@@ -38,8 +38,6 @@ TAGS_SCHEMA: Mapping[str, Any] = {
     "additionalProperties": False,
 }
 """What an answer looks like, for engines that can constrain it."""
-
-_EXCERPT = 200
 
 
 class TaggingStep:
@@ -168,7 +166,7 @@ class TaggingStep:
         if meta.get(self.tag_field_name) is not None:
             return Result(skipped=True)
         tags: list[list[str]] = [[]]
-        if references := self._references(row):
+        if references := read_references(row, self.image_key):
             found = yield from self._ask(list(dict.fromkeys(references)), self._message(row))
             tags = [list(found[reference]) for reference in references]
         return Result(rows=({**row, self.meta_key: {**meta, self.tag_field_name: tags}},))
@@ -178,31 +176,16 @@ class TaggingStep:
         if meta is None:
             return {}
         if not isinstance(meta, Mapping):
-            raise _malformed(self.meta_key, meta, "an object or null")
+            raise malformed(self.meta_key, meta, "an object or null")
         return meta
-
-    def _references(self, row: Row) -> Sequence[str]:
-        images = row.get(self.image_key)
-        if images is None:
-            return []
-        if isinstance(images, str):
-            images = [images]
-        if not isinstance(images, list | tuple):
-            raise _malformed(self.image_key, images, "a list of references")
-        for reference in images:
-            if not isinstance(reference, str) or not reference:
-                raise _malformed(self.image_key, reference, "references that are strings and not empty")
-        return images
 
     def _message(self, row: Row) -> str:
         if "{text}" not in self.input_template:
             return self.input_template
-        text = row.get(self.text_key)
-        if text is not None and not isinstance(text, str):
-            raise _malformed(self.text_key, text, "a string or null")
+        text = read_text(row, self.text_key)
         for token in self.special_tokens:
-            text = (text or "").replace(token, "")
-        return self.input_template.replace("{text}", (text or "").strip())
+            text = text.replace(token, "")
+        return self.input_template.replace("{text}", text.strip())
 
     def _ask(
         self, references: list[str], message: str
@@ -245,7 +228,7 @@ class TaggingStep:
         tries = f"{self.try_num} {'try' if self.try_num == 1 else 'tries'}"
         hint = " It was cut for its length: raise max_tokens." if choice.finish_reason == "length" else ""
         message = (
-            f"{what} {_excerpt(reference)} in {tries}. The last answer was: {_excerpt(choice.text)}.{hint}"
+            f"{what} {excerpt(reference)} in {tries}. The last answer was: {excerpt(choice.text)}.{hint}"
         )
         kind = "refused" if refused else "unparsable"
         return SampleError(kind, message, media=reference, attempts=self.try_num)
@@ -255,14 +238,3 @@ def _tags_in(choice: Choice) -> list[str]:
     if choice.finish_reason == "refusal":
         return []
     return parse_tags(choice.text, cut=choice.finish_reason == "length")
-
-
-def _malformed(key: str, value: object, expected: str) -> SampleError:
-    return SampleError("malformed_row", f"Field {key!r} holds {_excerpt(value)}; expected {expected}.")
-
-
-def _excerpt(value: object) -> str:
-    """A value as a person can read it in one line of a log."""
-    text = re.sub(r"\s+", " ", value) if isinstance(value, str) else repr(value)
-    text = text if len(text) <= _EXCERPT else f"{text[: _EXCERPT - 1]}…"
-    return repr(text) if isinstance(value, str) else text
