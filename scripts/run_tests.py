@@ -1,6 +1,7 @@
-"""Run all tests: those under a real scheduler beside the others, because both wait more than they compute.
+"""Run all tests: unit, integration and system tests beside each other, because the latter two wait more than they compute.
 
-What the system tests print is shown when they have ended. The exit status is that of whatever failed.
+The unit tests' output is shown as it comes, that of the others when they have ended. The exit status is that of
+whatever failed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,19 +18,24 @@ PYTEST = [sys.executable, "-m", "pytest"]
 
 
 def main() -> int:
-    with tempfile.TemporaryFile("w+") as output:
-        command = [*PYTEST, "-p", "no:cacheprovider", "tests/system"]
-        system = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            others = subprocess.run([*PYTEST, "tests/integration", "tests/unit"], cwd=ROOT, check=False)
-            status = system.wait()
-        finally:
-            # Also when this is interrupted; on its own end, nothing happens.
-            system.terminate()
-            system.wait()
-        output.seek(0)
-        print(output.read(), flush=True)
-    return others.returncode or status
+    begun = time.monotonic()
+    with ExitStack() as stack:
+        waiting = {}
+        for layer in ("system", "integration"):
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            command = [*PYTEST, "-p", "no:cacheprovider", f"tests/{layer}"]
+            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            # Also when this is interrupted; on their own end, nothing happens.
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            waiting[layer] = (process, output)
+        failed = subprocess.run([*PYTEST, "tests/unit"], cwd=ROOT, check=False).returncode
+        for layer, (process, output) in reversed(waiting.items()):
+            failed = process.wait() or failed
+            output.seek(0)
+            print(output.read())
+            print(f"The {layer} tests ended after {time.monotonic() - begun:.0f} s.", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
