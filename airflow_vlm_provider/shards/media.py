@@ -8,19 +8,25 @@ the reference means the same bytes, or the same absence of any.
 
 What can't be loaded becomes its sample's error, of one of these kinds:
 
-=====================  =====================================================================================
+=====================  =================================================================================================
 kind                   meaning
-=====================  =====================================================================================
-``media_refused``      the reference leads out of the roots, or nowhere that is ever read
+=====================  =================================================================================================
+``media_refused``      the reference leads out of the roots, or nowhere that is ever read; or the video itself refers to
+                       another file
 ``media_missing``      there is no such file, object or URL
 ``media_unreadable``   it is (or may be) there, but access is denied or the answer is not the file
-``media_too_large``    more bytes or more pixels than are taken
-``media_corrupt``      cut short, damaged, or no image at all
-``media_unsupported``  a known kind of file that is not decoded here; videos among them
+``media_too_large``    more bytes or more pixels than are taken; of a video, too much to decode for a few frames
+``media_corrupt``      empty, cut short, damaged, or no image or video at all; nothing of the video in the time asked for
+``media_unsupported``  a known kind of file that is not decoded here: sound alone, an image where a video is expected, ...
 ``transient``          a time-out, a reset connection, a 5xx: not the sample's fault, asked again by the next run
-=====================  =====================================================================================
+=====================  =================================================================================================
 
-The limits: :data:`MAX_BYTES` per file, and :data:`~airflow_vlm_provider.shards.images.MAX_DECODED_PIXELS`.
+The limits: :data:`MAX_BYTES` of an image's file and :data:`~airflow_vlm_provider.shards.video_files.MAX_VIDEO_BYTES` of
+a video's, and for both :data:`~airflow_vlm_provider.shards.images.MAX_DECODED_PIXELS` of a picture.
+
+An image is held in memory, a video is not: it stays an open file, see :mod:`airflow_vlm_provider.shards.video_files`,
+and what becomes of it is in :mod:`airflow_vlm_provider.shards.videos`. A worker without room for one fails the task, with
+:class:`~airflow_vlm_provider.shards.video_files.SpoolError`, as that is no sample's fault.
 """
 
 from __future__ import annotations

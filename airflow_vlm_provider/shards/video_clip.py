@@ -49,8 +49,8 @@ def encode_clip(pictures: Iterable[Image], *, size: tuple[int, int], seconds: fl
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_image(picture).reformat(format="yuv420p", dst_colorspace=5)
             frame.pts, frame.time_base = number * part, Fraction(1, ticks)
-            _encode(av, container, stream, frame, part)
-        _encode(av, container, stream, None, part)
+            _encode(av, container, stream, frame)
+        _encode(av, container, stream, None)
     return out.getvalue()
 
 
@@ -68,13 +68,10 @@ def _stream(av: Any, container: Any, size: tuple[int, int], *, part: int, ticks:
     return stream
 
 
-def _encode(av: Any, container: Any, stream: Any, frame: Any, part: int) -> None:
+def _encode(av: Any, container: Any, stream: Any, frame: Any) -> None:
     """Encode a picture, None being the end. Apart, so that its errors are not taken for those of decoding."""
     try:
-        for packet in stream.encode(frame):
-            # The last picture's is nowhere else to be seen.
-            packet.duration = int(part * stream.codec_context.time_base / packet.time_base)
-            container.mux(packet)
+        container.mux(stream.encode(frame))
     except av.error.FFmpegError as error:
         size = f"{stream.width} x {stream.height}"
         raise SampleError(

@@ -109,7 +109,7 @@ def _sound(container: str, codec: str, *, cover: bool = False) -> bytes:
             picture = file.add_stream("mjpeg", rate=1)
             picture.width = picture.height = 64
             picture.pix_fmt = "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
+            picture.disposition = av.stream.Disposition.attached_pic.value
         for number in range(100):
             frame = av.AudioFrame(format=stream.codec_context.format.name, layout="stereo", samples=960)
             for plane in frame.planes:
