@@ -255,13 +255,13 @@ class VLLMEngine:
             if not isinstance(error, VLMError):
                 log.exception("The vLLM server can't be watched any more")
                 error = EngineError(f"The vLLM server can't be watched any more: {error}")
-            lost = self._server
-            if lost is None or lost.done():
-                self._server = asyncio.get_running_loop().create_future()
-            self._server.set_exception(error)
+            lost, future = self._server, self._server
+            if future is None or future.done():
+                future = self._server = asyncio.get_running_loop().create_future()
+            future.set_exception(error)
             # Nobody may be asking.
-            self._server.exception()
-            if lost is not None and lost is not self._server:
+            future.exception()
+            if lost is not None and lost is not future:
                 await self._drop(lost.result())
 
     async def _follow(self) -> None:

@@ -290,12 +290,13 @@ class Keeper:
         if self._guard is not None:
             self._guard.renew()
         with self._server.gate():
-            if not self._has_locks():
-                log.error(
-                    "The files of its locks were deleted: it can't keep others from the server any more"
-                )
+            if not self._server.is_keeper_lock(self._lock):
+                log.error("The file of the keeper's lock was deleted: another one may be started")
                 self._deposed = True
                 return True
+            if lost := [gpu for gpu, file in self._gpus.items() if not self._folder.is_claim(gpu, file)]:
+                log.error("The files of the locks of %s were deleted: others may use them", ", ".join(lost))
+                told = True
             needed = self._demand.look(waiting=len(self._gpus) < len(self._spec.gpus))
             over = told or not needed
             if over:
@@ -308,11 +309,6 @@ class Keeper:
             self._touched = time.monotonic()
             self._server.touch()
         return over
-
-    def _has_locks(self) -> bool:
-        return self._server.is_keeper_lock(self._lock) and all(
-            self._folder.is_claim(gpu, file) for gpu, file in self._gpus.items()
-        )
 
     def _is_draining(self) -> bool:
         return self._state.phase == "draining"
@@ -333,12 +329,15 @@ def main() -> int:
     folder = EngineFolder(given.folder)
     server = folder.server(given.key)
     os.set_inheritable(given.lock, False)
+    # What the task did not want to hear of is not what this process and its server may miss.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     settings = KeeperSettings(**json.loads(given.settings))
     keeper = Keeper(folder, server, settings, name=given.name, lock=given.lock)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: keeper.stop())
     signal.signal(signal.SIGUSR1, lambda *_: keeper.dismiss())
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     try:
         keeper.run()
     except Exception:

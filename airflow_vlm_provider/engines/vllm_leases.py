@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Attached:
 
     keeper: str
     url: str
-    api_key: str
+    api_key: str = field(repr=False)
     loads: int
 
 
@@ -279,8 +279,8 @@ def worker_process() -> dict[str, Any] | None:
 
 
 def _is_airflow(command: Sequence[str]) -> bool:
-    # Some of its processes replace their command line by one sentence ("airflow scheduler -- ...").
-    return any(Path(word.split(" ")[0]).name in ("airflow", "celery") for word in command[:3])
+    # Some of its processes replace their command line by one sentence ("airflow scheduler -- ...", "[celeryd: ...").
+    return any(Path(word.split(" ")[0]).name in ("airflow", "celery", "[celeryd:") for word in command[:3])
 
 
 def _progress(state: ServerState, spec: ServerSpec) -> str:

@@ -292,7 +292,7 @@ def main() -> None:
     control = _control()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     for line in control["says"]:
-        print(line, flush=True)
+        print(os.path.expandvars(line), flush=True)
     for number in range(control["prints_mb"] * 10_000):
         print(f"{number:8} {'x' * 90}", flush=False)
     gpus, key = os.environ.get("CUDA_VISIBLE_DEVICES", "cpu"), os.environ["VLM_ENGINE_KEY"]
