@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-# A window is compared with one that is so many times larger, or smaller.
-UP, DOWN = 2.0, 4.0
-# A larger one is of no use that brings less than this part of what it would if the endpoint had nothing else to do; a
-# smaller one will do that brings as much as this.
-WORTH, AS_MUCH = 0.15, 0.9
-# Requests that are judged by, at least.
-ENOUGH = 32
-# Rounds until what did not turn out well is tried again, at first and at last.
-PATIENCE, MOST_PATIENCE = 8, 64
+# A window is compared with one of twice its size, or half of it.
+STEP = 2.0
+# As long as a larger one brings this part of what it would if the endpoint had nothing else to do, there is no doubt.
+PLAIN = 0.5
+# A larger one is worth it that brings this part, or that one when larger ones were of no use before; a smaller one will
+# do that brings this much of what there was.
+WORTH, SURE_WORTH, AS_MUCH = 0.1, 0.2, 0.93
+# Requests that are judged by, at least; so many times as many where it has to be certain.
+ENOUGH, CERTAIN = 32, 4
+# Rounds until a larger window that was of no use is tried again, at first and at last.
+PATIENCE, MOST_PATIENCE = 4, 32
 # So many times slower than it was, something has changed.
 SLOWER = 2.0
 
@@ -25,8 +27,9 @@ class AnswerLaw:
     """Looks for a window with which the endpoint answers as many requests as it can, and few of them wait in it.
 
     What a window brings is its size divided by the time that an answer takes, on average over a round: some requests
-    that were sent one after the other with the window full. The sizes that are compared are far apart, because
-    answers of different lengths make any two rounds differ.
+    that were sent one after the other with the window full. At first it doubles with every round. When that brings
+    less than plainly more, it is compared with its half and its double, over so many answers that their different
+    lengths make no difference. In case of doubt it stays as it is.
 
     :param size: The window to begin with.
     :param most: The largest.
@@ -37,23 +40,25 @@ class AnswerLaw:
         self.has_met_bounds = False
         """Whether a larger window was found to bring nothing."""
         self._most = most
+        self._sent = 0
+        # The round: requests after this one, when those were sent that are not answered yet, and how long others took.
         self._since = 0
-        self._sent = self._last = 0
-        self._round: dict[int, float] = {}
+        self._last = 0
+        self._open: dict[int, float] = {}
         self._seconds: list[float] = []
+        self._starting = True
         self._settled: tuple[float, float] | None = None
         self._usual: float | None = None
         self._trial: Literal["up", "down"] | None = None
         self._next: Literal["up", "down"] = "up"
         self._patience = PATIENCE
         self._rest = 0
-        self._grown = False
 
     def send(self, number: int, now: float) -> None:
         """A request is sent."""
         self._sent = number
-        if number > self._since and len(self._round) + len(self._seconds) < self._enough():
-            self._round[number] = now
+        if number > self._since and len(self._open) + len(self._seconds) < self._enough():
+            self._open[number] = now
             self._last = number
 
     def end(self, number: int, now: float, *, answered: bool, filled: int) -> None:
@@ -61,74 +66,81 @@ class AnswerLaw:
 
         :param filled: The number of the last one with which the window was full.
         """
-        at = self._round.pop(number, None)
+        at = self._open.pop(number, None)
         if at is None:
             return
         if answered:
             self._seconds.append(now - at)
         enough = self._enough()
         # Who waited for the last ones would wait for those that are hardly ever answered.
-        if (
-            len(self._seconds) < enough * (0.5 if self._is_hasty() else 0.9)
-            or len(self._round) + len(self._seconds) < enough
-        ):
+        share = 0.5 if self._starting else 0.9
+        if len(self._seconds) < share * enough or len(self._seconds) + len(self._open) < enough:
             return
-        seconds = self._seconds + [now - at for at in self._round.values()]
-        self._round, self._seconds = {}, []
+        seconds = self._seconds + [now - at for at in self._open.values() if self._starting]
+        self._open, self._seconds = {}, []
         if filled >= self._last:
-            self._judge(self.size * len(seconds) / max(sum(seconds), 1e-9))
+            size = self.size
+            self._judge(size * len(seconds) / max(sum(seconds), 1e-9))
+            # Those that a larger window lets in all at once queue like none after them.
+            self._since = self._sent + max(0, int(self.size - size))
 
-    def _enough(self) -> float:
-        return max(self.size, ENOUGH) * (1 if self._is_hasty() else 2)
-
-    def _is_hasty(self) -> bool:
-        """Whether a round costs throughput, as a small window does, and one that could have been larger for long."""
-        return self._trial == "down" or not self.has_met_bounds
+    def _enough(self) -> int:
+        return int(max(self.size, ENOUGH) * (1 if self._starting else CERTAIN))
 
     def _judge(self, rate: float) -> None:
         """A round is over.
 
         :param rate: Answers in a second.
         """
-        size = self.size
-        if self._trial is None or self._settled is None:
+        if self._starting:
+            self._started(rate)
+        elif self._trial is None or self._settled is None:
             self._rested(rate)
         else:
             self._tried(rate, *self._settled)
-        if self.size != size:
-            # Those that a larger window lets in all at once queue like none after them.
-            self._since = self._sent + max(0, int(self.size - size))
+
+    def _started(self, rate: float) -> None:
+        before, self._settled = self._settled, (self.size, rate)
+        plain = before is None or rate >= before[1] * (1 + PLAIN * (self.size / before[0] - 1))
+        if plain and self.size < self._most:
+            self.size = min(float(self._most), self.size * STEP)
+            return
+        self._starting, self._settled = False, None
+        if before is None or not plain:
+            # That half of it would not do is not known.
+            self._next, self._rest = "down", PATIENCE if plain else 0
 
     def _rested(self, rate: float) -> None:
         """A round with the size that was settled on is over."""
         self._settled = self.size, rate
         if self._usual is not None and self._usual >= SLOWER * rate:
-            # Fewer may do as well now.
+            # Half of it may do now.
             self._usual, self._next, self._rest, self._patience = rate, "down", 0, PATIENCE
         self._usual = self._usual or rate
         self._rest -= 1
-        if self._rest <= 0:
+        if self._rest < 0:
             self._try()
 
     def _tried(self, rate: float, settled: float, settled_rate: float) -> None:
         """A round with a size that was tried is over."""
         gain, times = rate / settled_rate, self.size / settled
-        # What was of no use before has to bring more than chance.
-        worth = WORTH * (2 if self.has_met_bounds else 1)
-        if gain >= (1 + worth * (times - 1) if times > 1 else AS_MUCH):
-            self._settled, self._usual, self._patience = (self.size, rate), rate, PATIENCE
-            self._grown = True
+        # Chance would make it larger again and again, if it were tried often enough.
+        worth = SURE_WORTH if self.has_met_bounds else WORTH
+        useful = gain >= (1 + worth * (times - 1) if times > 1 else AS_MUCH)
+        self.has_met_bounds = self.has_met_bounds or useful == (times < 1)
+        self._usual = None
+        if useful:
+            self._settled, self._patience = (self.size, rate), PATIENCE
             self._try()
             return
-        self.size, self._trial, self._usual = settled, None, None
-        # Where nothing larger was ever worth it, something smaller may do.
-        self._next, self._rest = ("up", self._patience) if self._grown else ("down", 0)
-        self._grown = True
-        self._patience = min(MOST_PATIENCE, 2 * self._patience)
-        self.has_met_bounds = True
+        self.size, self._trial = settled, None
+        # A larger one is tried now and then: that costs nothing. A smaller one would cost answers.
+        self._next, self._rest = "up", 0
+        if times > 1:
+            self._rest, self._patience = self._patience, min(MOST_PATIENCE, 2 * self._patience)
 
     def _try(self) -> None:
-        size = min(float(self._most), self.size * UP) if self._next == "up" else self.size / DOWN
+        size = min(float(self._most), self.size * STEP) if self._next == "up" else self.size / STEP
         self._trial = self._next if int(size) != int(self.size) and size >= 1 else None
         if self._trial is not None:
             self.size = size
