@@ -112,12 +112,20 @@ def _plausible(shape: Fraction | None) -> float:
 
 # Pillow's Transpose, by number: its import is heavy.
 _FLIP_LEFT_RIGHT, _FLIP_TOP_BOTTOM, _ROTATE_90, _ROTATE_180, _ROTATE_270, _TRANSPOSE, _TRANSVERSE = range(7)
+_TINY = 16
 _SIDEWAYS = frozenset({_ROTATE_90, _ROTATE_270, _TRANSPOSE, _TRANSVERSE})
 
 
 def _turn(frame: VideoFrame) -> Any:
     """What makes a frame upright, as Pillow's Transpose; None when it is already. Rotations by other than right angles go to the nearest."""
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    # PyAV has a frame and its side data refer to each other: until Python collects its garbage, they stay in memory,
+    # which is no matter of a tiny copy.
+    tiny = (
+        import_av()
+        .video.reformatter.VideoReformatter()
+        .reformat(frame, width=_TINY, height=_TINY, format="gray", interpolation="POINT")
+    )
+    data: Any = tiny.side_data.get("DISPLAYMATRIX")
     if data is None:
         return None
     a, b, _, c, d = struct.unpack_from("=5i", bytes(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from PIL import Image
 
@@ -19,7 +21,7 @@ from airflow_vlm_provider.shards.video_files import Spool, VideoFile
 from airflow_vlm_provider.shards.video_frames import VideoFrames, open_frames
 from airflow_vlm_provider.shards.videos import sample_times
 from airflow_vlm_provider.types import FrameSampling
-from tests.support.videos import load, number_of, numbers, probe, video
+from tests.support.videos import SIZE, load, number_of, numbers, probe, video
 
 ROOT = Path(__file__).parents[3]
 HOURS_10 = 36_000
@@ -210,6 +212,23 @@ def test_a_turn_is_given_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) 
     assert probe(video(20))["fps"] == 10
     with turns.turn() as alone:
         assert alone
+
+
+def test_pictures_do_not_wait_for_the_garbage_collector() -> None:
+    """They are large, and it counts objects, not bytes."""
+    data = video(20, rotation=90)
+    load(data, FrameSampling(fps=5, max_frames=9))
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for as_video in (False, True):
+            load(data, FrameSampling(fps=5, max_frames=9), as_video=as_video)
+        gc.collect()
+        left = [each for each in gc.garbage if isinstance(each, av.VideoFrame)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+    assert all(frame.width < SIZE[0] for frame in left)
 
 
 MEMORY = """
