@@ -41,6 +41,8 @@ class StubOptions:
     :param most_choices: How many candidates are given, however many are asked for.
     :param max_body: Bytes of a body; what is announced to be larger is answered with a 413 before it is read, as
         gateways do. 0 is no bound.
+    :param metrics: Whether ``/metrics`` tells, as vLLM's does, how many requests are served and how many queue. Looks at
+        it are counted, answered or not.
     """
 
     latency: float = 0.0
@@ -57,6 +59,7 @@ class StubOptions:
     videos: bool = True
     most_choices: int = 100
     max_body: int = 0
+    metrics: bool = False
 
 
 class StubState:
@@ -77,6 +80,7 @@ class StubState:
         self.system_prompts: Counter[str] = Counter()
         self.log: deque[tuple[float, str, str]] = deque(maxlen=100_000)
         self.scripted = 0
+        self.looks = 0
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -91,7 +95,23 @@ class StubState:
             "by_media": dict(self.by_media),
             "system_prompts": dict(self.system_prompts),
             "log": list(self.log),
+            "serving": self.serving,
+            "waiting": len(self.waiting),
+            "looks": self.looks,
         }
+
+    def metrics(self) -> bytes:
+        """What vLLM would tell of itself: gauges of two engines that share the load, and counters."""
+        lines = ["# HELP vllm:num_requests_running Number of requests in model execution batches."]
+        for engine, share in ((0, lambda number: number - number // 2), (1, lambda number: number // 2)):
+            labels = f'{{engine="{engine}",model_name="stub"}}'
+            lines += [
+                f"vllm:num_requests_running{labels} {share(self.serving)}.0",
+                f"vllm:num_requests_waiting{labels} {share(len(self.waiting))}.0",
+                f"vllm:kv_cache_usage_perc{labels} {self.serving / max(1, self.options.capacity or 1000):.4f}",
+                f"vllm:generation_tokens_total{labels} {self.by_status['200']}.0",
+            ]
+        return "\n".join([*lines, ""]).encode()
 
     def draw(self, image: str, attempt: int) -> tuple[str, float]:
         """The fault of this request (or ``ok``), and a number in [0, 1) for whatever else is to be drawn."""
@@ -163,6 +183,15 @@ class StubConnection(asyncio.Protocol):
         server = self.server
         if (method, path) == ("GET", "/stats"):
             self.send_json(200, server.stats())
+        elif (method, path) == ("GET", "/metrics"):
+            server.looks += 1
+            self.busy = False
+            known = server.options.metrics
+            self.write(
+                200 if known else 404,
+                {"Content-Type": "text/plain"},
+                server.metrics() if known else b"Not Found",
+            )
         elif (method, path) == ("POST", "/options"):
             server.options = StubOptions(**{**asdict(server.options), **json.loads(body)})
             server.scripted = 0
