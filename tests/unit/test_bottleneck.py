@@ -46,3 +46,23 @@ def test_a_run_with_a_slow_engine_is_bound_by_it(tmp_path):
     asyncio.run(go())
     shares = runner.bottleneck.shares()
     assert shares["engine"] > 0.5, shares
+
+
+def test_why_the_engine_took_no_more_is_said_when_it_was_the_engine():
+    said = "vLLM had 3.1 requests waiting on average, and 97% of its cache in use."
+    gauge = Bottleneck(lambda: 1, lambda: said)
+    gauge.look()
+    assert said not in str(gauge.sentence())
+    with gauge.asking():
+        gauge.look()
+        gauge.look()
+    assert f"which took 1.0. {said} A faster engine" in str(gauge.sentence())
+
+
+def test_an_engine_that_takes_fewer_at_the_moment_binds_with_fewer():
+    windows = iter([4, 1, 1, 4])
+    gauge = Bottleneck(lambda: next(windows))
+    with gauge.asking():
+        for _ in range(4):
+            gauge.look()
+    assert gauge.shares() == {"engine": 0.5, "source": 0.5}

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 
+from airflow_vlm_provider.engines.failures import PassingError
 from airflow_vlm_provider.engines.limits import Limits, TokenEstimate
-from airflow_vlm_provider.types import Media, Request, Usage
+from airflow_vlm_provider.errors import SampleError
+from airflow_vlm_provider.types import Answer, Media, Request, Usage
 from tests.support.virtual_time import run_in_virtual_time
 
 
@@ -127,3 +130,66 @@ def test_an_endpoint_that_reports_no_usage_leaves_the_guess():
     before = estimate.of(_request(), max_tokens=10)
     estimate.learn(_request(), Usage(1, 0, 0))
     assert estimate.of(_request(), max_tokens=10) == before
+
+
+def _asked_through(limits: Limits, endings: list[Answer | Exception]) -> None:
+    async def main() -> None:
+        async def end(ending: Answer | Exception) -> Answer | Exception:
+            await asyncio.sleep(1)
+            return ending
+
+        async def one(ending: Answer | Exception) -> None:
+            async with limits.window:
+                assert await limits.watched(end(ending)) is ending
+
+        await asyncio.gather(*map(one, endings))
+
+    run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize(
+    ("ending", "smaller"),
+    [
+        (PassingError("busy", reason="rate_limit"), True),
+        (PassingError("slow", reason="timeout"), True),
+        (PassingError("gone", reason="unreachable"), False),
+        (PassingError("odd"), False),
+        (SampleError("rejected", "too large"), False),
+        (Answer((), "m"), False),
+    ],
+    ids=lambda value: str(value)[:10],
+)
+def test_only_what_the_endpoint_can_not_take_makes_the_window_smaller(ending, smaller):
+    limits = Limits(concurrency=20)
+    _asked_through(limits, [ending] * 20)
+    assert limits.window.size == (10 if smaller else 20)
+    assert (limits.window.in_flight, limits.pressure.in_flight) == (0, 0)
+
+
+def test_a_request_that_is_cancelled_is_not_in_flight_any_more():
+    async def main() -> int:
+        limits = Limits(concurrency=2)
+        asking = asyncio.ensure_future(limits.watched(asyncio.Event().wait()))
+        await asyncio.sleep(1)
+        asking.cancel()
+        await asyncio.wait([asking])
+        return limits.pressure.in_flight
+
+    assert run_in_virtual_time(main()) == 0
+
+
+def test_that_the_endpoint_takes_no_more_is_logged_once(caplog):
+    caplog.set_level(logging.INFO, logger="airflow_vlm_provider")
+    limits = Limits(concurrency=64)
+    for _ in range(3):
+        _asked_through(limits, [PassingError("busy", reason="rate_limit")] * 64)
+    assert [record.message for record in caplog.records] == [
+        "The endpoint can't take more for now: 31 requests in flight, which follow its load"
+    ]
+
+
+def test_what_the_connections_rates_held_back_is_said():
+    limits = Limits(concurrency=1000, requests_per_minute=60)
+    assert limits.sentence() is None
+    run_in_virtual_time(_send(limits, [1.0] * 10))
+    assert limits.sentence() == "9 of 10 requests were held back by the connection's rates per minute."
