@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from airflow_vlm_provider.answering import Answering
     from airflow_vlm_provider.bottleneck import Bottleneck
+    from airflow_vlm_provider.engines.window import Window as Requests
     from airflow_vlm_provider.ledger.answers import Answers
     from airflow_vlm_provider.ledger.commit_index import CommitIndex
     from airflow_vlm_provider.ledger.keys import RequestKeys
@@ -46,7 +47,7 @@ class Job:
     :param threads: Where rows and media are read.
     :param writers: Where everything is written: what was paid for must not wait behind media that are slow to come.
     :param active: Bounds the samples that are worked on at once.
-    :param loaded: Bounds the requests whose media are in memory.
+    :param loaded: Bounds the requests whose media are in memory, by what the engine takes.
     """
 
     step: Step
@@ -74,4 +75,4 @@ class Job:
     threads: Executor
     writers: Executor
     active: asyncio.Semaphore
-    loaded: asyncio.Semaphore
+    loaded: Requests

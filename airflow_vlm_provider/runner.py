@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_vlm_provider.answering import Answering
-from airflow_vlm_provider.bottleneck import Bottleneck
+from airflow_vlm_provider.bottleneck import SAMPLE_SECONDS, Bottleneck
+from airflow_vlm_provider.engines.window import Window as Requests
 from airflow_vlm_provider.errors import ANSWERED_KINDS, LASTING_KINDS, ConfigError, ShardError
 from airflow_vlm_provider.job import Job
 from airflow_vlm_provider.ledger.answers import READS, Answers
@@ -246,15 +247,18 @@ class ShardRunner:
             step=self.step.name,
             in_thread=partial(_in_thread, readers),
         )
-        watching: asyncio.Task[None] | None = None
+        job = self._job(answers, threads, writers)
+        watching: list[asyncio.Task[None]] = []
         try:
             await _in_thread(writers, lambda: self._check_output_names([shard.name for shard in shards]))
             await answers.open()
-            watching = asyncio.create_task(self.bottleneck.watch())
-            return await self._run_all(self._job(answers, threads, writers), shards)
+            watching = [
+                asyncio.create_task(each) for each in (self.bottleneck.watch(), self._follow(job.loaded))
+            ]
+            return await self._run_all(job, shards)
         finally:
-            if watching is not None:
-                watching.cancel()
+            for task in watching:
+                task.cancel()
             await answers.close()
             for each in (threads, writers, readers):
                 each.shutdown(wait=False, cancel_futures=True)
@@ -304,8 +308,18 @@ class ShardRunner:
             threads=threads,
             writers=writers,
             active=asyncio.Semaphore(self._ahead),
-            loaded=asyncio.Semaphore(self._ahead),
+            loaded=Requests(self._ready()),
         )
+
+    def _ready(self) -> int:
+        """How many requests may have their media in memory: what the engine takes now may double in a moment."""
+        return min(self._ahead, 2 * self.engine.window + 8)
+
+    async def _follow(self, loaded: Requests) -> None:
+        """Load no more than the engine takes, until cancelled."""
+        while True:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            loaded.resize(self._ready())
 
     async def _run_all(self, job: Job, shards: Sequence[ObjectInfo]) -> list[Manifest]:
         reading, opened = asyncio.Semaphore(1), asyncio.Semaphore(OPEN_SHARDS)

@@ -33,6 +33,7 @@ from airflow_vlm_provider.types import (
 if TYPE_CHECKING:
     from airflow_vlm_provider.answering import Answering
     from airflow_vlm_provider.bottleneck import Bottleneck
+    from airflow_vlm_provider.engines.window import Window
     from airflow_vlm_provider.ledger.dead_letters import DeadLetters
     from airflow_vlm_provider.ledger.journal import ShardJournal
     from airflow_vlm_provider.steps.base import Step
@@ -84,7 +85,7 @@ class SampleRunner:
     redrive: Redrive | None
     bottleneck: Bottleneck
     threads: Executor
-    loaded: asyncio.Semaphore
+    loaded: Window
     fail: Callable[[BaseException], None]
 
     async def run(self, sample: Sample) -> Outcome:
