@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 from airflow_vlm_provider.engines.openai import OpenAIEngine
 from airflow_vlm_provider.engines.vllm_folder import EngineFolder
-from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
 from airflow_vlm_provider.engines.vllm_leases import Attached, Lease
+from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import DEFAULT_COMMAND, ServerSpec, influence, pick_gpus
 from airflow_vlm_provider.errors import EngineError, TransientError, VLMError
 from airflow_vlm_provider.types import Answer, Request

@@ -39,37 +39,30 @@ from airflow_vlm_provider.engines.vllm_guard import Guard
 from airflow_vlm_provider.engines.vllm_health import Health
 from airflow_vlm_provider.engines.vllm_last_words import is_lasting, quote, said_of_exit
 from airflow_vlm_provider.engines.vllm_process import Port, ServerProcess
+from airflow_vlm_provider.engines.vllm_settings import FIRST_STARTS, KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
 from airflow_vlm_provider.engines.vllm_state import Phase, ServerState
 
 log = logging.getLogger("vlm.keeper")
 
 TICK = 0.25
-# One that was never ready is not loaded over and over; one that was may have bad luck now and then.
-FIRST_STARTS = 2
 RESTARTS, RESTARTS_WITHIN = 5, 600.0
 # Long before anybody deletes old files in folders for temporary ones.
 TOUCH_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
-class KeeperSettings:
-    """How patient a keeper is; all in seconds.
+class _End:
+    """How a server ended that was still needed.
 
-    :param idle_timeout: Without a lease for so long, the server is stopped.
-    :param start_timeout: So long may the model take to load.
-    :param health_interval: Between two looks at its health.
-    :param health_timeout: Without a sign of health for so long, the server hangs.
-    :param stall_timeout: With requests running, but not a token of progress for so long, its engine hangs.
-    :param backoff: Before the first restart; twice as long before each further one, at most a minute.
+    :param reason: What was wrong with it, as a sentence without its stop.
+    :param lines: What it said last.
+    :param lasting: Whether a further start would end like this.
     """
 
-    idle_timeout: float = 600.0
-    start_timeout: float = 1800.0
-    health_interval: float = 5.0
-    health_timeout: float = 60.0
-    stall_timeout: float = 180.0
-    backoff: float = 1.0
+    reason: str
+    lines: Sequence[str]
+    lasting: bool
 
 
 class Keeper:
@@ -190,16 +183,18 @@ class Keeper:
         port, api_key, starts = Port(), secrets.token_urlsafe(32), 0
         while True:
             starts += 1
-            reason, lines = self._run_once(port.number, api_key)
-            if reason is None:
+            end = self._run_once(port.number, api_key)
+            if end is None:
                 return
-            lasting = self._state.ready_at is None and is_lasting(lines)
+            lasting = self._state.ready_at is None and end.lasting
             if lasting or not self._may_start_again(starts):
-                said = "".join(f"\n  {line}" for line in quote(lines))
-                error = f"{reason}. Its log is {self._server.log}" + (f"; it said:{said}" if said else ".")
+                said = "".join(f"\n  {line}" for line in quote(end.lines))
+                error = f"{end.reason}. Its log is {self._server.log}" + (
+                    f"; it said:{said}" if said else "."
+                )
                 self._enter("failed", error=error, lasting=lasting)
                 return
-            log.warning("%s; starting it again", reason)
+            log.warning("%s; starting it again", end.reason)
             self._enter("restarting", server_pid=None, server_output=None)
             if not self._pause(self._settings.backoff * 2 ** max(0, len(self._restarts) - 1)):
                 return
@@ -225,14 +220,15 @@ class Keeper:
                 return False
         return True
 
-    def _run_once(self, port: int, api_key: str) -> tuple[str | None, Sequence[str]]:
-        """Start the server and watch it; returns what was wrong with it, None when it is over, and what it said."""
+    def _run_once(self, port: int, api_key: str) -> _End | None:
+        """Start the server and watch it until it ends; returns how it did, None when it is not needed any more."""
         assert self._guard is not None
         log.info("Starting %s", " ".join(self._spec.argv(port=port)))
         try:
             process = ServerProcess(self._spec, port=port, api_key=api_key, log=self._server.log)
         except OSError as error:
-            return "vLLM could not be started", [f"{self._spec.command[0]}: {error.strerror}"]
+            lines = [f"{self._spec.command[0]}: {error.strerror}"]
+            return _End("vLLM could not be started", lines, is_lasting(lines))
         self._process = process
         self._guard.watch(process.pid, process.output)
         self._enter(
@@ -256,7 +252,11 @@ class Keeper:
             process.end(gently=reason is None)
             self._process = None
             self._guard.forget()
-        return reason, process.last_lines()
+        if reason is None:
+            return None
+        lines, status = process.last_lines(), process.status()
+        # Who was killed did not come to say why.
+        return _End(reason, lines, status is not None and status > 0 and is_lasting(lines))
 
     def _watch(self, process: ServerProcess, health: Health) -> str | None:
         """Watch the server until it is of no more use; returns what is wrong with it, None when it is over."""

@@ -10,6 +10,7 @@ QUOTED_LINES = 25
 _QUOTED_CHARACTERS = 400
 # "(EngineCore pid=1) ERROR 11-20 10:00:00 [core.py:1] ": of whom a line is, and whence.
 _PREFIX = re.compile(r"^(\([\w ]+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[\w.]+:\d+\] )?")
+_REMARK = re.compile(r"^(\([\w ]+ pid=\d+\) )?(DEBUG|INFO|WARNING)\b")
 _TRACEBACK = re.compile(r"^(Traceback \(most recent|\s+File |\s{4}|\s*[~^]+\s*$|usage: )")
 _ERROR = re.compile(r"^([\w.]*(Error|Exception|Interrupt|NotFound)\b.*|[\w. -]+: error: .*)")
 
@@ -31,8 +32,8 @@ _PASSING = re.compile(
 
 
 def is_lasting(lines: Sequence[str]) -> bool:
-    """Whether a server that ended with these lines would end like this again."""
-    text = "\n".join(lines)
+    """Whether a server that ended by itself with these lines would end like this again."""
+    text = "\n".join(line for line in lines if not _REMARK.match(line))
     return _LASTING.search(text) is not None and _PASSING.search(text) is None
 
 

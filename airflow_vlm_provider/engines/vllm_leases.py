@@ -20,7 +20,7 @@ from typing import Any
 
 from airflow_vlm_provider.engines.process_table import started_at
 from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder
-from airflow_vlm_provider.engines.vllm_keeper import FIRST_STARTS, KeeperSettings
+from airflow_vlm_provider.engines.vllm_settings import FIRST_STARTS, KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec, without_secrets
 from airflow_vlm_provider.engines.vllm_state import ServerState
 from airflow_vlm_provider.errors import ConfigError, EngineError
@@ -69,7 +69,8 @@ class Lease:
         say: Callable[[str], None],
     ) -> None:
         self._folder = folder
-        self._spec = spec
+        self.spec = spec
+        """What it is started with."""
         self._settings = settings
         self._holder = {
             **holder,
@@ -192,10 +193,8 @@ class Lease:
                 if state.phase in ("ready", "draining"):
                     return Attached(keeper, str(state.url), str(state.api_key), state.loads)
                 if state.phase == "failed":
-                    raise (ConfigError if state.lasting else EngineError)(
-                        f"{self._spec.model}: {state.error}"
-                    )
-                self._tell(_progress(state, self._spec))
+                    raise (ConfigError if state.lasting else EngineError)(f"{self.spec.model}: {state.error}")
+                self._tell(_progress(state, self.spec))
             if ended:
                 return None
             time.sleep(POLL)
@@ -220,7 +219,7 @@ class Lease:
 
     def _announce(self, keeper: str) -> None:
         """Write down that there will be a keeper. Behind the gate."""
-        self.server.write_spec(self._spec.to_json())
+        self.server.write_spec(self.spec.to_json())
         # What is left of an earlier keeper's server is this one's to end.
         earlier = self.server.read_state() or ServerState(keeper, "waiting", 0)
         state = ServerState(

@@ -16,7 +16,7 @@ from airflow_vlm_provider.errors import ConfigError
 if TYPE_CHECKING:
     from airflow_vlm_provider.engines.base import Engine
     from airflow_vlm_provider.engines.vllm import VLLMEngine
-    from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
+    from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
     from airflow_vlm_provider.hooks.vlm import VLMHook
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -171,7 +171,7 @@ def engine_config() -> EngineConfig:
 
     :raises ConfigError: a value is not above 0.
     """
-    from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
+    from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
 
     default = KeeperSettings()
     seconds = {

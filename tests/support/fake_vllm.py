@@ -42,6 +42,8 @@ DEFAULTS: dict[str, Any] = {
     "hangs": False,
     # The engine dies of a request that holds this text.
     "poison": None,
+    # It serves a model that takes no videos.
+    "no_video": False,
     # Time for somebody else to take the port, in seconds.
     "bind_seconds": 0.0,
 }
@@ -232,6 +234,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if body["model"] != self.model:
             self._json(404, {"error": {"message": f"The model {body['model']} does not exist.", "code": 404}})
+            return
+        if _control()["no_video"] and "video_url" in json.dumps(body):
+            error = {"message": "At most 0 video(s) may be provided in one prompt.", "code": 400}
+            self._json(400, {"error": error})
             return
         text = body.get("prompt") or _text(body["messages"])
         if not self.engine.ask(text):

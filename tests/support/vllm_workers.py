@@ -31,8 +31,8 @@ import pytest
 
 from airflow_vlm_provider.engines.vllm import VLLMEngine
 from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder
-from airflow_vlm_provider.engines.vllm_keeper import KeeperSettings
 from airflow_vlm_provider.engines.vllm_leases import Attached, Lease
+from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
 from airflow_vlm_provider.engines.vllm_state import ServerState
 from airflow_vlm_provider.errors import VLMError
@@ -62,6 +62,20 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def stop_servers(folder: EngineFolder) -> None:
+    """Stop all servers of an engine folder, those too that are only about to start."""
+
+    def left() -> bool:
+        kept = False
+        for server in folder.servers():
+            with server.gate():
+                server.signal_keeper(signal.SIGTERM)
+                kept = server.has_keeper() or kept
+        return kept
+
+    eventually(lambda: not left())
 
 
 @dataclass
@@ -166,15 +180,9 @@ class VLLMWorker:
     def end(self) -> None:
         """Stop all servers; nothing may be left."""
         self.ended.set()
-
-        def over() -> bool:
-            for server in self.folder.servers():
-                with server.gate():
-                    server.signal_keeper(signal.SIGTERM)
-            return not self.keeper_processes()
-
         try:
-            eventually(over)
+            stop_servers(self.folder)
+            eventually(lambda: not self.keeper_processes())
             assert self.left() == []
         finally:
             for pid in self.keeper_processes() + self.left():
