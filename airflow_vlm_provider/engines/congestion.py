@@ -106,9 +106,8 @@ class AnswerLaw:
             self.size = min(float(self._most), self.size * STEP)
             return
         self._starting, self._settled = False, None
-        if before is None or not plain:
-            # That half of it would not do is not known.
-            self._next, self._rest = "down", PATIENCE if plain else 0
+        if not plain:
+            self._next = "down"
 
     def _rested(self, rate: float) -> None:
         """A round with the size that was settled on is over."""
