@@ -97,7 +97,12 @@ def get_vlm_cli_commands() -> list[GroupCommand]:
         func=lazy_load_command("airflow_vlm_provider.cli.engine.stop_engine"),
         args=(
             Arg(("key",), help="Keys, or their beginnings, as `list` shows them; none for all", nargs="*"),
-            Arg(("--force",), help="Also those that tasks use, which start them again", action="store_true"),
+            Arg(
+                ("--force",),
+                help="Also those that tasks use, which start them again, or that DAG runs keep",
+                action="store_true",
+            ),
+            _VERBOSE,
         ),
     )
     logs = ActionCommand(
@@ -108,6 +113,7 @@ def get_vlm_cli_commands() -> list[GroupCommand]:
             Arg(("key",), help="Its key, or the beginning of it, as `list` shows it"),
             Arg(("-n", "--lines"), help="How many lines of its end (default: 100)", type=int, default=100),
             Arg(("-f", "--follow"), help="Go on with what is added, until it ends", action="store_true"),
+            _VERBOSE,
         ),
     )
     engine = GroupCommand(

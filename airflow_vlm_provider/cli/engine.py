@@ -44,11 +44,11 @@ def list_engines(args: Namespace) -> None:
 def stop_engine(args: Namespace) -> None:
     """Stop servers, and wait until they have ended."""
     running = [each for each in _chosen(args.key) if _described(each)["phase"] not in ("stopped", "failed")]
-    busy = [each.key for each in running if _described(each)["tasks"]]
+    busy = [each.key for each in running if _is_in_use(each)]
     if busy and not args.force:
         raise SystemExit(
-            f"Tasks use {', '.join(busy)}. Let them end, or stop it all the same with --force: they will have it "
-            "started again."
+            f"Tasks use {', '.join(busy)}, or DAG runs keep it for theirs. Let them end, or stop it all the same with "
+            "--force: tasks that need it will have it started again."
         )
     for server in running:
         with server.gate():
@@ -100,6 +100,11 @@ def _chosen(keys: list[str]) -> list[ServerFolder]:
             raise SystemExit(f"The server {key!r} {what} here; there are: {known}.")
         chosen += found
     return chosen
+
+
+def _is_in_use(server: ServerFolder) -> bool:
+    with server.gate():
+        return bool(server.leases() or server.pins())
 
 
 def _is_kept(server: ServerFolder) -> bool:

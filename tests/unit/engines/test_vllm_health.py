@@ -1,0 +1,151 @@
+"""Whether a server still works, as told by an endpoint that says what the test wants."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from airflow_vlm_provider.engines import vllm_health
+from airflow_vlm_provider.engines.vllm_health import Health
+
+
+class Endpoint:
+    """What is answered: ``healthy``, and by engine what ``runs`` and how many ``tokens`` there are."""
+
+    def __init__(self):
+        self.healthy = True
+        self.engines = {"0": (0, 0.0)}
+        self.answers = True
+        self.asked = []
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                if self.path == "/health":
+                    return self.reply(200 if endpoint.healthy else 503)
+                lines = [
+                    f'vllm:num_requests_running{{engine="{name}"}} {runs}\n'
+                    f'vllm:generation_tokens_total{{engine="{name}"}} {tokens}\n'
+                    for name, (runs, tokens) in endpoint.engines.items()
+                ]
+                return self.reply(200, "".join(lines).encode())
+
+            def do_POST(self):
+                endpoint.asked.append((self.path, self.headers["Authorization"]))
+                if endpoint.answers:
+                    self.reply(400)
+                else:
+                    endpoint.end.wait(30)
+
+            def reply(self, status, body=b""):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_):
+                pass
+
+        self.end = threading.Event()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self.end.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def endpoint():
+    made = Endpoint()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(vllm_health, "time", made)
+    return made
+
+
+@pytest.fixture
+def health(endpoint, clock):
+    return Health(endpoint.url, api_key="sk", model="m", stall_timeout=100)
+
+
+def look(health, clock, *, after=0.0, used=True, answers=True):
+    """Look later, and wait for the answer to whatever is asked then; whether it is stalled."""
+    clock.now += after
+    assert health.look(timeout=10, used=used)
+    if (question := health._question) is not None:
+        question.join(5 if answers else 0.1)
+    return health.stalled() is not None
+
+
+def test_a_server_that_is_not_there_or_says_no_is_not_well(endpoint, health):
+    assert health.look(timeout=10, used=True)
+    endpoint.healthy = False
+    assert not health.look(timeout=10, used=True)
+    assert not Health("http://127.0.0.1:9", api_key="", model="m", stall_timeout=1).look(timeout=1, used=True)
+
+
+def test_requests_that_run_without_progress_are_a_stall(endpoint, health, clock):
+    endpoint.engines["0"] = (3, 10.0)
+    endpoint.answers = False
+    assert not look(health, clock, answers=False)
+    assert not look(health, clock, answers=False, after=90)
+    endpoint.engines["0"] = (3, 11.0)
+    assert not look(health, clock, answers=False, after=90)
+    assert not look(health, clock, answers=False, after=99)
+    assert look(health, clock, answers=False, after=2)
+
+
+def test_one_engine_of_several_that_stalls_is_a_stall(endpoint, health, clock):
+    for step in range(4):
+        endpoint.engines = {"0": (1, 5.0), "1": (1, float(step))}
+        assert look(health, clock, after=40) == (step == 3)
+
+
+def test_an_engine_that_has_nothing_to_do_is_asked_and_lives_by_its_answer(endpoint, health, clock):
+    for _ in range(10):
+        assert not look(health, clock, after=40)
+    assert endpoint.asked
+    assert set(endpoint.asked) == {("/v1/completions", "Bearer sk")}
+
+
+def test_an_engine_that_has_nothing_to_do_and_does_not_answer_hangs(endpoint, health, clock):
+    endpoint.answers = False
+    assert not look(health, clock, answers=False)
+    assert not look(health, clock, answers=False, after=60)
+    assert not look(health, clock, answers=False, after=30)
+    assert look(health, clock, answers=False, after=11)
+    # Once is enough.
+    assert len(endpoint.asked) == 1
+
+
+def test_nothing_is_asked_while_nobody_uses_it(endpoint, health, clock):
+    endpoint.answers = False
+    for _ in range(5):
+        assert not look(health, clock, answers=False, after=60, used=False)
+    assert endpoint.asked == []
+
+
+def test_a_server_that_keeps_its_figures_to_itself_is_not_suspected(endpoint, health, clock):
+    endpoint.engines = {}
+    endpoint.answers = False
+    for _ in range(5):
+        assert not look(health, clock, answers=False, after=60)
+    assert endpoint.asked == []
