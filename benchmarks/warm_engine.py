@@ -45,7 +45,6 @@ ENGINE_ARGS = {
     "max_model_len": 1024,
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 1, "video": 0},
-    "block_size": 32,
 }
 
 
@@ -111,6 +110,10 @@ def _median_and_worst(seconds: Sequence[float]) -> str:
     return f"{statistics.median(seconds):.2f}, {max(seconds):.2f}" if seconds else "never warm"
 
 
+def at_a_time(tasks: int) -> str:
+    return f"{tasks} task{'s' * (tasks > 1)} at a time"
+
+
 def draw_shards(folder: Path, *, tasks: int, drawings: int) -> list[str]:
     """Write a shard of drawings for each task; what the tags should be is in the row."""
     rng = random.Random(SEED)
@@ -149,7 +152,7 @@ def warm(tasks: EngineTasks, scratch: Path, shards: Sequence[str], options: argp
     tasks.stop_servers(engines)
     seconds = time.perf_counter() - begun
     return Way(
-        f"warm, {options.at_once} tasks at a time",
+        f"warm, {at_a_time(options.at_once)}",
         seconds,
         len(shards),
         done,
@@ -182,7 +185,7 @@ def each_its_own(
             tasks.stop_servers(each.engines)
     seconds = time.perf_counter() - begun
     return Way(
-        f"a server each, {at_once} task{'s' * (at_once > 1)} at a time",
+        f"a server each, {at_a_time(at_once)}",
         seconds,
         len(shards),
         done,
