@@ -87,6 +87,8 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--tiny", action="store_true", help="a model of two layers, on the CPU")
     options = parser.parse_args()
+    # Its processes run elsewhere.
+    options.vllm_python = str(Path(shutil.which(options.vllm_python) or options.vllm_python).absolute())
     defaults = {"images": 2000, "pixels": 448, "prompt": 64, "tokens": 128, "in_flight": 512}
     if options.tiny:
         defaults = {"images": 64, "pixels": 112, "prompt": 32, "tokens": 16, "in_flight": 32}
