@@ -18,6 +18,8 @@ from airflow_vlm_provider.operators.shards import PlanShardsOperator
 
 SOURCE = "s3://datasets/images"
 DESTINATION = "s3://datasets/instruction-data"
+# None takes the connection\'s. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
+ENGINE = None
 MODES = ("reasoning", "description", "conversation")
 
 with DAG(
@@ -47,6 +49,7 @@ with DAG(
             task_id=mode,
             source="{{ params.source }}",
             destination="{{ params.destination.rstrip('/') }}/" + mode,
+            engine=ENGINE,
             mode=mode,
             max_token=800,
             temperature=0.7,

@@ -20,6 +20,8 @@ from airflow_vlm_provider.operators.shards import PlanShardsOperator
 
 SOURCE = "s3://datasets/images"
 DESTINATION = "s3://datasets/images-described"
+# None takes the connection\'s. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
+ENGINE = None
 
 with DAG(
     dag_id="tag_then_caption",
@@ -45,6 +47,7 @@ with DAG(
             source="{{ params.source }}",
             shards=shards,
             destination="{{ params.destination.rstrip('/') }}/_tagged",
+            engine=ENGINE,
             max_pixels=1024 * 1024,
             # Whole shards, also of those that embed their images: the next step reads them.
             output="full",
@@ -56,6 +59,7 @@ with DAG(
             destination="{{ params.destination }}",
             # The images stay where they are.
             media_roots=["{{ params.source }}"],
+            engine=ENGINE,
             max_pixels=1024 * 1024,
             keep_original_sample=False,
             missing_placeholders="prepend",

@@ -19,6 +19,8 @@ from airflow_vlm_provider.operators.video_captioning import VideoCaptioningFromV
 
 SOURCE = "s3://datasets/videos"
 DESTINATION = "s3://datasets/videos-captioned"
+# None takes the connection\'s. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
+ENGINE = None
 
 with DAG(
     dag_id="video_captioning",
@@ -41,6 +43,7 @@ with DAG(
         task_id="caption",
         source="{{ params.source }}",
         destination="{{ params.destination }}",
+        engine=ENGINE,
         window_seconds=30,
         fps=2.0,
         max_frames=32,
