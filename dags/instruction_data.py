@@ -18,7 +18,7 @@ from airflow_vlm_provider.operators.shards import PlanShardsOperator
 
 SOURCE = "s3://datasets/images"
 DESTINATION = "s3://datasets/instruction-data"
-# None takes the connection\'s. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
+# None takes the connection's. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
 ENGINE = None
 MODES = ("reasoning", "description", "conversation")
 

@@ -19,7 +19,7 @@ from airflow_vlm_provider.operators.video_captioning import VideoCaptioningFromV
 
 SOURCE = "s3://datasets/videos"
 DESTINATION = "s3://datasets/videos-captioned"
-# None takes the connection\'s. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
+# None takes the connection's. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
 ENGINE = None
 
 with DAG(
