@@ -41,7 +41,7 @@ from tests.support.fake_vllm import FakeVLLM
 
 # Impatient, as a fake needs a fraction of a second for anything; but this machine may be busy.
 SETTINGS = KeeperSettings(
-    idle_timeout=30, start_timeout=30, health_interval=0.2, health_timeout=3, stall_timeout=6, backoff=0.05
+    idle_timeout=300, start_timeout=30, health_interval=0.2, health_timeout=3, stall_timeout=6, backoff=0.05
 )
 TIMEOUT = 40.0
 _REPOSITORY = Path(__file__).parents[2]

@@ -1,0 +1,58 @@
+"""The keeper's decisions that don't show from outside, or only by luck."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from airflow_vlm_provider.engines import vllm_keeper
+from airflow_vlm_provider.engines.vllm_folder import EngineFolder
+from airflow_vlm_provider.engines.vllm_keeper import RESTARTS, RESTARTS_WITHIN, Keeper
+from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
+from airflow_vlm_provider.engines.vllm_spec import ServerSpec
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    def make(*gpus):
+        folder = EngineFolder(tmp_path)
+        spec = ServerSpec(model="m", gpus=gpus)
+        server = folder.server(spec.key)
+        server.write_spec(spec.to_json())
+        with server.gate():
+            lock = server.keeper_lock()
+        return Keeper(folder, server, KeeperSettings(), name="k", lock=lock)
+
+    tmp_path.chmod(0o700)
+    return make
+
+
+def test_gpus_are_taken_in_one_order_so_that_no_two_keepers_wait_for_each_other(keeper, monkeypatch):
+    orders = []
+    for gpus in (("10", "2", "0"), ("0", "2", "10"), ("2", "0", "10")):
+        order = []
+
+        def claim(self, gpu, order=order):
+            order.append(gpu)
+            return 0
+
+        monkeypatch.setattr(EngineFolder, "claim", claim)
+        assert keeper(*gpus)._claim_gpus()
+        orders.append(order)
+    assert orders[0] == orders[1] == orders[2]
+    assert len(set(orders[0])) == 3
+
+
+def test_restarts_are_counted_within_a_while_only(keeper, monkeypatch):
+    made = keeper("0")
+    clock = [0.0]
+    monkeypatch.setattr(vllm_keeper, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    assert [made._may_start_again(1), made._may_start_again(2)] == [True, False]
+    made._state = type(made._state)("k", "ready", 0.0, ready_at=1.0)
+    for _ in range(3 * RESTARTS):
+        clock[0] += RESTARTS_WITHIN / RESTARTS + 1
+        assert made._may_start_again(99)
+    for _ in range(RESTARTS):
+        last = made._may_start_again(99)
+    assert not last
