@@ -169,6 +169,24 @@ def test_the_next_task_gets_a_server_that_is_there_or_a_new_one_but_none_that_st
         time.sleep(0.05 * number)
 
 
+def test_a_server_is_not_stopped_while_somebody_decides_whether_to_use_it(worker):
+    spec = worker.spec()
+    lease = worker.lease(spec, idle_timeout=0.3)
+    lease.attach()
+    lease.release()
+    server = worker.server(spec)
+    with server.gate():
+        # As of now it may be leased, however long that takes.
+        phase = worker.state(spec).phase
+        time.sleep(1)
+        _, file = server.take_lease({})
+    assert phase == "ready"
+    time.sleep(0.8)
+    assert worker.state(spec).phase == "ready"
+    os.close(file)
+    worker.wait_for_end(spec)
+
+
 def test_a_pin_keeps_a_server_without_tasks_and_the_end_of_the_pin_ends_it(worker):
     spec = worker.spec()
     lease = worker.lease(spec, idle_timeout=0.3)
