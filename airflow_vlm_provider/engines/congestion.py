@@ -40,9 +40,7 @@ class AnswerLaw:
         self.has_met_bounds = False
         """Whether a larger window was found to bring nothing."""
         self._most = most
-        self._sent = 0
-        # The round: requests after this one, when those were sent that are not answered yet, and how long others took.
-        self._since = 0
+        # The round: its last request, when those were sent that are not answered yet, and how long the others took.
         self._last = 0
         self._open: dict[int, float] = {}
         self._seconds: list[float] = []
@@ -56,8 +54,7 @@ class AnswerLaw:
 
     def send(self, number: int, now: float) -> None:
         """A request is sent."""
-        self._sent = number
-        if number > self._since and len(self._open) + len(self._seconds) < self._enough():
+        if len(self._open) + len(self._seconds) < self._enough():
             self._open[number] = now
             self._last = number
 
@@ -79,10 +76,7 @@ class AnswerLaw:
         seconds = self._seconds + [now - at for at in self._open.values() if self._starting]
         self._open, self._seconds = {}, []
         if filled >= self._last:
-            size = self.size
-            self._judge(size * len(seconds) / max(sum(seconds), 1e-9))
-            # Those that a larger window lets in all at once queue like none after them.
-            self._since = self._sent + max(0, int(self.size - size))
+            self._judge(self.size * len(seconds) / max(sum(seconds), 1e-9))
 
     def _enough(self) -> int:
         return int(max(self.size, ENOUGH) * (1 if self._starting else CERTAIN))

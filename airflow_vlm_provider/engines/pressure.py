@@ -64,7 +64,7 @@ class ServerLaw:
         if not load:
             return
         if metrics.waiting == 0:
-            if full and metrics.kv_cache < FULL_CACHE:
+            if full:
                 # What the server has not got yet, it has not shown that it can take.
                 size = in_flight * (1 + self._boost * there / load)
                 room = in_flight * FULL_CACHE / metrics.kv_cache if metrics.kv_cache else math.inf
@@ -150,8 +150,7 @@ class Pressure:
             self._refusals.refused(sent.number, self._sent, in_flight)
         elif ended == "answered" and self._filled >= sent.number:
             self._refusals.answered(sent.number)
-        binds = self._server is None and self._answers.size <= self._refusals.size
-        self._answers.end(sent.number, now, answered=ended == "answered", filled=self._filled if binds else 0)
+        self._answers.end(sent.number, now, answered=ended == "answered", filled=self._filled)
 
     def look(self, metrics: Metrics | None) -> None:
         """The server was looked at.

@@ -48,7 +48,7 @@ class Window:
 
     async def acquire(self) -> None:
         """Wait for a place."""
-        if self._in_flight < self._size and not self._waiters:
+        if self._in_flight < self._size:
             self._in_flight += 1
             return
         waiter = asyncio.get_running_loop().create_future()

@@ -262,6 +262,12 @@ def test_without_metrics_the_window_reaches_its_maximum_with_the_first_answers()
     assert task.answered >= 64 / 0.2 * 3 - 32 - 64
 
 
+def test_without_metrics_too_a_window_that_is_not_full_does_not_grow():
+    _, _, task = alone(lambda: Server(64, always(0.2)), settle=10, seconds=1, looks=False, samples=20)
+    assert task.answered > 10 * FIRST_SIZE
+    assert task.window.size == FIRST_SIZE
+
+
 def test_when_a_server_tells_nothing_any_more_its_answers_count():
     pressure = Pressure(MOST)
     pressure.look(Metrics(32, 0, 0.1, 0))
