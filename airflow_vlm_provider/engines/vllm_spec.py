@@ -19,6 +19,7 @@ from airflow_vlm_provider.errors import ConfigError
 
 # Not `vllm serve`: that asks for a distribution named vllm, which its builds for CPUs are not.
 DEFAULT_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+_DEVICES, _DRIVER = Path("/dev"), Path("/proc/driver/nvidia/gpus")
 CPU = "cpu"
 """Stands for the GPUs of a machine that has none: there, too, one server at a time has the memory to itself."""
 
@@ -216,10 +217,10 @@ def read_command(command: str | None) -> tuple[str, ...]:
         raise ConfigError(f"[vlm] vllm_command can't be read ({error}): {command}") from error
 
 
-def pick_gpus(gpus: str | Sequence[Any] | None, args: Mapping[str, Any]) -> tuple[str, ...]:
+def pick_gpus(gpus: str | int | Sequence[Any] | None, args: Mapping[str, Any]) -> tuple[str, ...]:
     """The GPUs that a server gets: those that are named, or else as many of the worker's first as it needs.
 
-    :param gpus: Such as ``"0,1"`` or ``[0, 1]``; None leaves it open.
+    :param gpus: Such as ``"0,1"``, ``[0, 1]`` or ``1``; None leaves it open.
     :param args: The engine arguments, whose parallel sizes say how many are needed.
     :raises ConfigError: the worker has not so many, or more or fewer are named than needed.
     """
@@ -240,7 +241,9 @@ def pick_gpus(gpus: str | Sequence[Any] | None, args: Mapping[str, Any]) -> tupl
             )
         return tuple(visible[:needed])
     named = (
-        [each.strip() for each in gpus.split(",")] if isinstance(gpus, str) else [str(each) for each in gpus]
+        [each.strip() for each in str(gpus).split(",")]
+        if isinstance(gpus, str | int)
+        else [str(each) for each in gpus]
     )
     if len(set(named)) != len(named) or not all(named):
         raise ConfigError(f"gpus={gpus!r} must name each GPU once, as in '0,1'.")
@@ -260,8 +263,10 @@ def _visible_gpus() -> list[str]:
         return []
     if limited != "all" and "CUDA_VISIBLE_DEVICES" in os.environ:
         return [each.strip() for each in limited.split(",") if each.strip()]
-    # Not by a library of CUDA's: a process that has asked it can't fork any more.
-    return [str(number) for number, _ in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*")))]
+    # Not by a library of CUDA's: a process that has asked it can't fork any more. A container has the devices that it was
+    # given, though it may see all of the machine's in /proc; a machine may have no devices yet after it was started.
+    devices = [each for each in _DEVICES.glob("nvidia*") if each.name.removeprefix("nvidia").isdecimal()]
+    return [str(number) for number, _ in enumerate(devices or _DRIVER.glob("*"))]
 
 
 def _plain(name: str) -> str:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from airflow_vlm_provider.engines import vllm_spec
 from airflow_vlm_provider.engines.vllm_spec import (
     CPU,
     DEFAULT_COMMAND,
@@ -151,6 +152,7 @@ def test_what_decides_answers_is_told_from_what_only_decides_how_fast():
         ("0,1,2,3", None, {"tensor_parallel_size": 2, "data-parallel-size": "2"}, ("0", "1", "2", "3")),
         ("GPU-a,GPU-b", "GPU-b", {}, ("GPU-b",)),
         ("0,1,2,3", [3, 1], {"tensor_parallel_size": 2}, ("3", "1")),
+        ("0,1", 1, {}, ("1",)),
         ("", None, {}, (CPU,)),
         ("-1", None, {"tensor_parallel_size": 2}, (CPU,)),
     ],
@@ -177,6 +179,30 @@ def test_gpus_that_are_not_there_are_told(monkeypatch, gpus, args, said):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(ConfigError, match=said):
         pick_gpus(gpus, args)
+
+
+def test_gpus_are_counted_by_their_devices_or_as_the_driver_says(monkeypatch, tmp_path):
+    devices, driver = tmp_path / "dev", tmp_path / "gpus"
+    monkeypatch.setattr(vllm_spec, "_DEVICES", devices)
+    monkeypatch.setattr(vllm_spec, "_DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("NVIDIA_VISIBLE_DEVICES", raising=False)
+    assert pick_gpus(None, {}) == (CPU,)
+    devices.mkdir()
+    driver.mkdir()
+    for name in ("0000:01:00.0", "0000:02:00.0", "0000:03:00.0"):
+        (driver / name).mkdir()
+    (devices / "nvidiactl").touch()
+    (devices / "nvidia-uvm").touch()
+    assert pick_gpus(None, {"tensor_parallel_size": 3}) == ("0", "1", "2")
+    # In a container that was given two of the machine's: CUDA numbers those.
+    (devices / "nvidia1").touch()
+    (devices / "nvidia2").touch()
+    assert pick_gpus(None, {"tensor_parallel_size": 2}) == ("0", "1")
+    with pytest.raises(ConfigError, match="this worker has 2: 0, 1"):
+        pick_gpus(None, {"tensor_parallel_size": 3})
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "none")
+    assert pick_gpus(None, {}) == (CPU,)
 
 
 def test_a_command_is_read_as_it_would_be_typed():
