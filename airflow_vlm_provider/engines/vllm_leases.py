@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ POLL = 0.05
 KEEPER_TIMEOUT = 60.0
 # Keepers that came to nothing without saying why, one after another.
 MAX_LOST = 3
+# "airflow worker -- LocalExecutor: ...", "[celeryd: celery@host:MainProcess] -active- (...)", "python /.../airflow ..."
+_AIRFLOW = re.compile(r"(^|[\s/\[])(airflow|celery)")
 KEEPER_LOG_BYTES = 1024 * 1024
 
 
@@ -272,14 +275,19 @@ def worker_process() -> dict[str, Any] | None:
     found = None
     for process in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):
-            if process.pid > 1 and _is_airflow(process.cmdline()):
-                found = {"pid": process.pid, "started": started_at(process.pid)}
+            started = started_at(process.pid)
+            if process.pid > 1 and started is not None and is_airflow(process.cmdline()):
+                found = {"pid": process.pid, "started": started}
     return found
 
 
-def _is_airflow(command: Sequence[str]) -> bool:
-    # Some of its processes replace their command line by one sentence ("airflow scheduler -- ...", "[celeryd: ...").
-    return any(Path(word.split(" ")[0]).name in ("airflow", "celery", "[celeryd:") for word in command[:3])
+def is_airflow(command: Sequence[str]) -> bool:
+    """Whether a command line is one of Airflow's processes, those too that put a sentence in its place.
+
+    Who is taken for a worker and is none only has the server kept for its idle time; not to know one would end the server
+    with each task.
+    """
+    return _AIRFLOW.search(" ".join(command[:4])) is not None
 
 
 def _progress(state: ServerState, spec: ServerSpec) -> str:
