@@ -11,7 +11,9 @@ from airflow_vlm_provider.engines.window import Window
 from tests.support.virtual_time import run_in_virtual_time
 
 
-def _play(size: int, script: Callable[[Window, list[int], list[asyncio.Task[None]]], Awaitable[None]]) -> list[int]:
+def _play(
+    size: int, script: Callable[[Window, list[int], list[asyncio.Task[None]]], Awaitable[None]]
+) -> list[int]:
     """Ten that want in, one after the other, and stay until they are cancelled; in what order they got in."""
 
     async def main() -> list[int]:
