@@ -85,7 +85,7 @@ class Keeper:
         self._state = ServerState(name, "waiting", time.time(), keeper_pid=os.getpid())
         # What the state's file is like as long as nobody else touches it.
         self._mark: tuple[int, int] | None = None
-        self._written = True
+        self._written = self._decided = True
         self._deposed = False
         self._stop = threading.Event()
         self._demand = Demand(folder, server, gpus=self._spec.gpus, idle_timeout=settings.idle_timeout)
@@ -248,6 +248,9 @@ class Keeper:
         reason: str | None = "The keeper failed"
         try:
             reason = self._watch(process, health)
+            if reason is not None:
+                # Tasks are to know it before all of its processes have ended.
+                self._enter("restarting")
         finally:
             process.end(gently=reason is None)
             self._process = None
@@ -289,25 +292,37 @@ class Keeper:
         told = self._stop.wait(TICK)
         if self._guard is not None:
             self._guard.renew()
-        with self._server.gate():
-            if not self._server.is_keeper_lock(self._lock):
-                log.error("The file of the keeper's lock was deleted: another one may be started")
-                self._deposed = True
-                return True
-            if lost := [gpu for gpu, file in self._gpus.items() if not self._folder.is_claim(gpu, file)]:
-                log.error("The files of the locks of %s were deleted: others may use them", ", ".join(lost))
-                told = True
-            needed = self._demand.look(waiting=len(self._gpus) < len(self._spec.gpus))
-            over = told or not needed
-            if over:
-                self._enter("stopping")
-            elif self._state.phase in ("ready", "draining") and self._is_draining() != self._demand.wanted:
-                self._enter("draining" if self._demand.wanted else "ready")
-            elif not self._written or self._mark != self._server.state_mark():
-                self._write()
+        if not self._server.is_keeper_lock(self._lock):
+            log.error("The file of the keeper's lock was deleted: another one may be started")
+            self._deposed = True
+            return True
+        try:
+            with self._server.gate():
+                over = self._decide(told=told)
+            self._decided = True
+        except OSError as error:
+            # Of open files, or of room on the disk, there may be enough again.
+            if self._decided:
+                log.error("Who needs the server can't be seen: %s", error)
+            self._decided, over = False, told
         if time.monotonic() - self._touched > TOUCH_SECONDS:
             self._touched = time.monotonic()
             self._server.touch()
+        return over
+
+    def _decide(self, *, told: bool) -> bool:
+        """Whether the server is to be stopped. Behind the gate."""
+        if lost := [gpu for gpu, file in self._gpus.items() if not self._folder.is_claim(gpu, file)]:
+            log.error("The files of the locks of %s were deleted: others may use them", ", ".join(lost))
+            told = True
+        needed = self._demand.look(waiting=len(self._gpus) < len(self._spec.gpus))
+        over = told or not needed
+        if over:
+            self._enter("stopping")
+        elif self._state.phase in ("ready", "draining") and self._is_draining() != self._demand.wanted:
+            self._enter("draining" if self._demand.wanted else "ready")
+        elif not self._written or self._mark != self._server.state_mark():
+            self._write()
         return over
 
     def _is_draining(self) -> bool:

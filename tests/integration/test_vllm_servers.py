@@ -279,6 +279,8 @@ def test_a_second_worker_keeps_the_server_that_the_first_one_had_started(worker)
             for each in (tasks, others):
                 task = each.lease(spec)
                 task.wait_for("attached")
+                # So long that the keeper has seen it.
+                time.sleep(0.6)
                 task.release()
         time.sleep(0.8)
         assert worker.state(spec).phase == "ready"

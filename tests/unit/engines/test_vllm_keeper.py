@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from airflow_vlm_provider.engines import vllm_keeper
-from airflow_vlm_provider.engines.vllm_folder import EngineFolder
+from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder
 from airflow_vlm_provider.engines.vllm_keeper import RESTARTS, RESTARTS_WITHIN, Keeper
 from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
@@ -56,3 +56,23 @@ def test_restarts_are_counted_within_a_while_only(keeper, monkeypatch):
     for _ in range(RESTARTS):
         last = made._may_start_again(99)
     assert not last
+
+
+def test_a_lack_that_may_pass_stops_no_server(keeper, monkeypatch, caplog):
+    made = keeper("0")
+    with made._server.gate():
+        made._server.take_lease({})
+    monkeypatch.setattr(vllm_keeper, "TICK", 0.0)
+
+    def broken(*_):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerFolder, "leases", broken)
+        assert [made._is_over(), made._is_over()] == [False, False]
+    assert caplog.text.count("Too many open files") == 1
+    assert not made._is_over()
+    made.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerFolder, "leases", broken)
+        assert made._is_over()
