@@ -39,9 +39,9 @@ from airflow_vlm_provider.errors import VLMError
 from airflow_vlm_provider.types import Request
 from tests.support.fake_vllm import FakeVLLM
 
-# Impatient, as a fake needs a fraction of a second for anything; but this machine may be busy.
+# A fake needs a fraction of a second for anything; but the machine may be busy.
 SETTINGS = KeeperSettings(
-    idle_timeout=300, start_timeout=30, health_interval=0.2, health_timeout=3, stall_timeout=6, backoff=0.05
+    idle_timeout=300, start_timeout=30, health_interval=0.2, health_timeout=20, stall_timeout=30, backoff=0.05
 )
 TIMEOUT = 40.0
 _REPOSITORY = Path(__file__).parents[2]
