@@ -64,8 +64,8 @@ class Done:
     """What a task took; all but ``process_seconds`` of the last time that its operator was run.
 
     :param seconds: ``execute()``.
-    :param opened: From there until the engine could be asked; the import of its HTTP client is part of it.
-    :param attached: Of it, to find the server and be given its address: what depends on its being warm.
+    :param attached: Of it, from entering the engine until it had the server's address, and a claim on it.
+    :param client: To import and make the HTTP client, which an engine for any endpoint needs.
     :param warm: Whether it was ready before.
     :param load: Tells one load of the model from another.
     :param summary: What ``execute()`` returned.
@@ -73,8 +73,8 @@ class Done:
     """
 
     seconds: float
-    opened: float
     attached: float
+    client: float
     warm: bool
     load: str
     summary: dict[str, Any]
@@ -206,8 +206,8 @@ def _has_keeper(server: ServerFolder) -> bool:
 
 @dataclass
 class _Attaching:
-    opened: float = 0.0
     attached: float = 0.0
+    client: float = 0.0
     warm: bool = False
     load: str = field(default="")
 
@@ -215,31 +215,39 @@ class _Attaching:
 @contextlib.contextmanager
 def _watched() -> Iterator[_Attaching]:
     """Measure how the engine gets to its server, by stand-ins within this process."""
+    from airflow_vlm_provider.engines.openai import OpenAIEngine
     from airflow_vlm_provider.engines.vllm import VLLMEngine
     from airflow_vlm_provider.engines.vllm_leases import Lease
 
     seen = _Attaching()
-    attach, enter = Lease.attach, VLLMEngine.__aenter__
+    attach, enter, make_client = Lease.attach, VLLMEngine.__aenter__, OpenAIEngine.__aenter__
 
     @functools.wraps(attach)
-    def timed_attach(lease: Lease, **given: Any) -> Any:
-        state, begun = lease.server.read_state(), time.perf_counter()
+    def watched_attach(lease: Lease, **given: Any) -> Any:
+        state = lease.server.read_state()
         attached = attach(lease, **given)
-        seen.attached = time.perf_counter() - begun
         assert attached is not None
         seen.load = f"{attached.keeper}-{attached.loads}"
         seen.warm = state is not None and state.phase == "ready" and state.keeper == attached.keeper
         return attached
 
+    @functools.wraps(make_client)
+    async def timed_client(engine: OpenAIEngine) -> OpenAIEngine:
+        begun = time.perf_counter()
+        entered = await make_client(engine)
+        seen.client = time.perf_counter() - begun
+        return entered
+
     @functools.wraps(enter)
     async def timed_enter(engine: VLLMEngine) -> VLLMEngine:
         begun = time.perf_counter()
         entered = await enter(engine)
-        seen.opened = time.perf_counter() - begun
+        seen.attached = time.perf_counter() - begun - seen.client
         return entered
 
     with (
-        mock.patch.object(Lease, "attach", timed_attach),
+        mock.patch.object(Lease, "attach", watched_attach),
+        mock.patch.object(OpenAIEngine, "__aenter__", timed_client),
         mock.patch.object(VLLMEngine, "__aenter__", timed_enter),
     ):
         yield seen
