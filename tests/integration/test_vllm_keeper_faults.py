@@ -168,7 +168,8 @@ def test_a_command_that_is_not_there_is_told(worker):
 
 
 def test_a_start_that_takes_too_long_is_given_up(worker):
-    worker.fake.control(hangs=True)
+    # What it said is not why it ended.
+    worker.fake.control(hangs=True, says=["ValueError: no tuned kernel, another one is taken"])
     spec = worker.spec()
     with pytest.raises(EngineError, match=r"not ready after 0.5 s \(\[vlm\] engine_start_timeout\)"):
         worker.lease(spec, start_timeout=0.5).attach()
@@ -237,6 +238,8 @@ def test_a_full_disk_for_its_log_does_not_stop_a_server(worker):
     kill(worker.fake.starts()[0]["pid"])
     eventually(lambda: worker.state(spec).loads == 2)
     assert lease.attach() is not None
+    # Nor is every line that was lost told in another log.
+    assert (server.path / "keeper.log").stat().st_size < 10_000
 
 
 def test_a_full_disk_for_everything(worker, tmp_path):
