@@ -187,7 +187,7 @@ class ServerSpec:
             env.pop("PYTHONHOME", None)
         if self.gpus != (CPU,):
             env["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
-        env.update(VLLM_API_KEY=api_key, VLM_ENGINE_KEY=self.key)
+        env["VLLM_API_KEY"] = api_key
         env.setdefault("VLLM_NO_USAGE_STATS", "1")
         return env
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -71,7 +72,7 @@ class FakeVLLM:
         new.replace(self.folder / "control.json")
 
     def starts(self) -> list[dict[str, Any]]:
-        """All starts: ``argv``, ``pid``, ``engine`` (process), ``gpus``, ``key``, ``api_key``, ``port``."""
+        """All starts: ``argv``, ``pid``, ``engine`` (process), ``gpus``, ``key`` (of all but the port), ``api_key``, ``port``..."""
         return [json.loads(line) for line in self._lines("starts")]
 
     def asked(self) -> list[str]:
@@ -301,7 +302,9 @@ def main() -> None:
         print(os.path.expandvars(line), flush=True)
     for number in range(control["prints_mb"] * 10_000):
         print(f"{number:8} {'x' * 90}", flush=False)
-    gpus, key = os.environ.get("CUDA_VISIBLE_DEVICES", "cpu"), os.environ["VLM_ENGINE_KEY"]
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "cpu")
+    what = [word for word in sys.argv if word != str(args.port)]
+    key = hashlib.sha256(json.dumps([what, gpus]).encode()).hexdigest()[:16]
     earlier = len(FakeVLLM(_folder()).starts())
     start = {"argv": sys.argv, "pid": os.getpid(), "gpus": gpus, "key": key, "port": args.port}
     start |= {"api_key": os.environ["VLLM_API_KEY"], "environment": dict(os.environ), "cwd": str(Path.cwd())}
