@@ -609,7 +609,7 @@ def test_exports_from_s3_and_from_a_plan(world, bucket, tmp_path):
 def ledger(command: str, *argv: str) -> dict[str, Any]:
     """What ``airflow vlm ledger`` prints for machines."""
     (vlm,) = get_vlm_cli_commands()
-    (group,) = vlm.subcommands
+    (group,) = [each for each in vlm.subcommands if each.name == "ledger"]
     (chosen,) = [each for each in group.subcommands if each.name == command]
     parser = argparse.ArgumentParser()
     for each in chosen.args:
