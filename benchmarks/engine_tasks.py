@@ -130,12 +130,11 @@ class EngineTasks:
         """
         deadline = time.monotonic() + STOP_TIMEOUT
         for server in EngineFolder(engines).servers():
-            with server.gate():
-                server.signal_keeper(signal.SIGTERM)
-            while _has_keeper(server):
+            # Again and again: one that is being started can't be told yet.
+            while _tell_to_stop(server):
                 if time.monotonic() > deadline:
                     raise TaskFailedError(f"The server in {server.path} has not ended in {STOP_TIMEOUT:g} s.")
-                time.sleep(POLL)
+                time.sleep(0.1)
         self._engines.discard(engines)
 
     def end(self) -> None:
@@ -145,8 +144,10 @@ class EngineTasks:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._running.clear()
-        for engines in list(self._engines):
-            self.stop_servers(engines)
+        # All of them, though one should fail.
+        with contextlib.ExitStack() as stack:
+            for engines in self._engines:
+                stack.callback(self.stop_servers, engines)
 
     def _start(self, work: Work) -> subprocess.Popen[bytes]:
         self._engines.add(work.engines)
@@ -196,8 +197,10 @@ def connection(model: Path, engine_args: Mapping[str, Any], **extra: Any) -> dic
     return {f"AIRFLOW_CONN_{CONNECTION.upper()}": json.dumps({"conn_type": "vlm", "extra": extra})}
 
 
-def _has_keeper(server: ServerFolder) -> bool:
+def _tell_to_stop(server: ServerFolder) -> bool:
+    """Tell a server to stop; False when it has no keeper any more, and so is gone."""
     with server.gate():
+        server.signal_keeper(signal.SIGTERM)
         return server.has_keeper()
 
 
