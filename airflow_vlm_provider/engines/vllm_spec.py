@@ -258,15 +258,18 @@ def pick_gpus(gpus: str | int | Sequence[Any] | None, args: Mapping[str, Any]) -
 
 def _visible_gpus() -> list[str]:
     """What this process may use, by the names that ``CUDA_VISIBLE_DEVICES`` takes."""
-    limited = os.environ.get("CUDA_VISIBLE_DEVICES", os.environ.get("NVIDIA_VISIBLE_DEVICES", "all"))
+    limited = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     if limited in ("", "none", "void", "-1"):
         return []
-    if limited != "all" and "CUDA_VISIBLE_DEVICES" in os.environ:
+    if limited != "all":
         return [each.strip() for each in limited.split(",") if each.strip()]
-    # Not by a library of CUDA's: a process that has asked it can't fork any more. A container has the devices that it was
-    # given, though it may see all of the machine's in /proc; a machine may have no devices yet after it was started.
-    devices = [each for each in _DEVICES.glob("nvidia*") if each.name.removeprefix("nvidia").isdecimal()]
-    return [str(number) for number, _ in enumerate(devices or _DRIVER.glob("*"))]
+    # Not by a library of CUDA's: a process that has asked it can't fork any more.
+    found = [each for each in _DEVICES.glob("nvidia*") if each.name.removeprefix("nvidia").isdecimal()]
+    # A machine may have no devices yet after it was started, but a container has those that it was given, and sees all of
+    # the machine's in /proc. What it was given comes first: one that has its GPUs through CDI is told "void", too.
+    if not found and os.environ.get("NVIDIA_VISIBLE_DEVICES") not in ("", "none", "void"):
+        found = list(_DRIVER.glob("*"))
+    return [str(number) for number, _ in enumerate(found)]
 
 
 def _plain(name: str) -> str:

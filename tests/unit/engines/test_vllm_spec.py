@@ -201,8 +201,25 @@ def test_gpus_are_counted_by_their_devices_or_as_the_driver_says(monkeypatch, tm
     assert pick_gpus(None, {"tensor_parallel_size": 2}) == ("0", "1")
     with pytest.raises(ConfigError, match="this worker has 2: 0, 1"):
         pick_gpus(None, {"tensor_parallel_size": 3})
-    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "none")
+    # By CDI, it is told of none, and has them.
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "void")
+    assert pick_gpus(None, {"tensor_parallel_size": 2}) == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert pick_gpus(None, {}) == (CPU,)
+
+
+@pytest.mark.parametrize("told", ["none", "void", ""])
+def test_a_container_without_gpus_does_not_take_the_machines(monkeypatch, tmp_path, told):
+    devices, driver = tmp_path / "dev", tmp_path / "gpus"
+    monkeypatch.setattr(vllm_spec, "_DEVICES", devices)
+    monkeypatch.setattr(vllm_spec, "_DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    devices.mkdir()
+    (driver / "0000:01:00.0").mkdir(parents=True)
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", told)
+    assert pick_gpus(None, {}) == (CPU,)
+    monkeypatch.setenv("NVIDIA_VISIBLE_DEVICES", "all")
+    assert pick_gpus(None, {}) == ("0",)
 
 
 def test_a_command_is_read_as_it_would_be_typed():
