@@ -186,7 +186,6 @@ def get_provider_info() -> dict[str, Any]:
                     "airflow_vlm_provider.operators.vlm_map",
                     "airflow_vlm_provider.operators.engine_servers",
                     "airflow_vlm_provider.operators.redrive",
-                    "airflow_vlm_provider.operators.engine_servers",
                     "airflow_vlm_provider.operators.export",
                 ],
             }

@@ -69,7 +69,7 @@ class RedriveOperator(ShardOperator):
     :param vlm_conn_id: Connection of type ``vlm``, which serves the model that the manifests name (templated).
     :param aws_conn_id: Connection for S3; None uses boto3's own search for credentials (templated).
     :param storage_conn_id: Connection for other object stores; see :class:`ShardOperator` (templated).
-    :param engine: ``openai`` or ``transformers``; None takes the connection's, or else ``openai``.
+    :param engine: ``openai``, ``vllm`` or ``transformers``; None takes the connection's, or else ``openai``.
     :param api_endpoint: Path below the base URL that requests go to, or a full URL (``openai`` engine only).
     :param model_params: As the shards' own operator has it. None takes the manifest's, with the engine ``openai``, and
         none with others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,24 @@ def test_every_module_named_is_there():
         for group in info[kind]:
             for module in group["python-modules"]:
                 assert importlib.util.find_spec(module) is not None, module
+
+
+def lists(value: Any) -> Iterator[list[Any]]:
+    """Every list in it, however deep."""
+    if isinstance(value, list):
+        yield value
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from lists(each)
+
+
+def test_nothing_is_named_twice():
+    found = list(lists(get_provider_info()))
+
+    assert len(found) > 10
+    for each in found:
+        texts = [json.dumps(entry, sort_keys=True) for entry in each]
+        assert len(set(texts)) == len(texts), each
 
 
 def test_the_form_has_exactly_the_fields_that_the_hook_reads(connection_type):
