@@ -77,7 +77,9 @@ class StartEngineOperator(_EngineServerOperator):
         start >> tag >> stop.as_teardown(setups=start)
 
     It is the server of the worker that this task runs on: with several workers on the queue, the others start theirs
-    when they need them. The server is that of an operator with the same connection, model and ``model_params``.
+    when they need them, and the task that is to stop it may run on one of those, where it finds nothing to give back.
+    So give such DAGs a queue that one worker listens to. The server is that of an operator with the same connection,
+    model and ``model_params``.
 
     :param vlm_conn_id: Connection of type ``vlm`` (templated).
     :param api_or_hf_model: Model; None takes the connection's, or else Qwen/Qwen2.5-VL-7B-Instruct (templated).
@@ -119,8 +121,9 @@ class StopEngineOperator(_EngineServerOperator):
     """
     Give back what :class:`StartEngineOperator` had kept, and stop the server unless somebody else uses it.
 
-    Takes the same ``vlm_conn_id``, ``api_or_hf_model`` and ``model_params``. It does not matter if there is no server
-    any more.
+    Takes the same ``vlm_conn_id``, ``api_or_hf_model`` and ``model_params``, and has to run on the same worker: give both
+    a queue that one worker listens to. On another one this only warns, and the server is kept for ``max_hours``. It does
+    not matter if there is no server any more.
     """
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -133,10 +136,18 @@ class StopEngineOperator(_EngineServerOperator):
             lease = self._engine(context).make_lease()
         except (ConfigError, AirflowNotFoundException) as error:
             raise AirflowFailException(str(error)) from error
-        stopped = lease.unpin(self._pin(context))
-        self.log.info(
-            "vLLM is told to stop"
-            if stopped
-            else "vLLM is left to those who use it, or there is none any more"
-        )
+        pin = self._pin(context)
+        with lease.server.gate():
+            kept = pin in lease.server.pins()
+        stopped = lease.unpin(pin)
+        if not kept:
+            self.log.warning(
+                "No vLLM server is kept for this run on this worker. If StartEngineOperator ran on another worker, its "
+                "server is kept there until max_hours have passed, or until `airflow vlm engine stop --force KEY` there. "
+                "Give both tasks a queue that only one worker listens to."
+            )
+        elif stopped:
+            self.log.info("vLLM is told to stop")
+        else:
+            self.log.info("vLLM is left to those who use it")
         return {"key": lease.server.key, "stopped": stopped}

@@ -70,6 +70,24 @@ def test_a_server_is_kept_for_a_run_and_stopped_after_it(worker, capsys):
     assert len(worker.fake.starts()) == 1
 
 
+def test_to_give_back_what_is_kept_on_another_worker_is_warned_of(worker, tmp_path, monkeypatch, capsys):
+    warning = (
+        "server is kept there until max_hours have passed, or until `airflow vlm engine stop --force KEY`"
+    )
+    kept = start().execute(context())["key"]
+    capsys.readouterr()
+    assert stop().execute(context("another run")) == {"key": kept, "stopped": False}
+    assert warning in capsys.readouterr().out
+    monkeypatch.setenv("AIRFLOW__VLM__ENGINE_DIR", str(tmp_path / "another worker"))
+    assert stop().execute(context()) == {"key": kept, "stopped": False}
+    assert warning in capsys.readouterr().out
+
+    monkeypatch.setenv("AIRFLOW__VLM__ENGINE_DIR", str(worker.folder.path))
+    assert servers(capsys)[0]["pins"] == ["nightly monday"]
+    assert stop().execute(context())["stopped"] is True
+    assert warning not in capsys.readouterr().out
+
+
 def test_the_key_is_in_nothing_that_an_operator_returns_or_a_command_prints(worker, capsys):
     result = start().execute(context())
     api_key = worker.fake.starts()[0]["api_key"]
