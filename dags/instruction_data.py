@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from airflow.sdk import DAG, Param
+from airflow.sdk import DAG, Param, conf
 
 from airflow_vlm_provider.operators.image_captioning_gpt4v import ImageCaptioningFromGPT4VOperator
 from airflow_vlm_provider.operators.shards import PlanShardsOperator
 
 SOURCE = "s3://datasets/images"
 DESTINATION = "s3://datasets/instruction-data"
-# None takes the connection's. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
-ENGINE = None
+# Where the tasks that ask the model run is configuration. It is named here because the engine is the connection's, which is
+# not known when this is parsed. Leave both out for an endpoint that needs no GPU of yours: then any worker will do.
+QUEUE = conf.get("vlm", "gpu_queue", fallback="") or conf.get("operators", "default_queue")
+POOL = conf.get("vlm", "gpu_pool", fallback="") or "default_pool"
 MODES = ("reasoning", "description", "conversation")
 
 with DAG(
@@ -49,7 +51,8 @@ with DAG(
             task_id=mode,
             source="{{ params.source }}",
             destination="{{ params.destination.rstrip('/') }}/" + mode,
-            engine=ENGINE,
+            queue=QUEUE,
+            pool=POOL,
             mode=mode,
             max_token=800,
             temperature=0.7,

@@ -6,8 +6,7 @@ only the captioned one. Of four candidates that the model draws for each image, 
 sample's own words is kept.
 
 The model is loaded by each task into its own process, so there should be few tasks, each with many shards, and no
-more of them at a time than there are GPUs. They run where ``[vlm] gpu_queue`` and ``[vlm] gpu_pool`` say: give that pool
-as many slots.
+more of them at a time than there are GPUs (``AT_ONCE``). They run where ``[vlm] gpu_queue`` and ``[vlm] gpu_pool`` say.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ SOURCE = "s3://datasets/images"
 DESTINATION = "s3://datasets/images-captioned"
 MODEL = "Salesforce/blip2-opt-2.7b"
 KEEP_ORIGINALS = True
+# As many as there are GPUs for them. The pool does not say it: tasks of the engine vllm share a GPU.
+AT_ONCE = 1
 
 with DAG(
     dag_id="nightly_image_captioning",
@@ -51,6 +52,7 @@ with DAG(
         source=source,
         destination="{{ params.destination.rstrip('/') }}/" + day + "/",
         engine="transformers",
+        max_active_tis_per_dag=AT_ONCE,
         hf_img2seq="{{ params.model }}",
         caption_num=4,
         keep_candidate_mode="similar_one_simhash",

@@ -5,7 +5,7 @@ model" and, for S3, a connection ``aws_default``. The day's shards are read from
 copies written to ``<destination>/<day>/``, so that a backfill works on its own days. Pictures that the day before had
 too are not asked about again, and neither is anything in a day that is cleared or backfilled once more.
 
-Where the tagging tasks run is configuration, not code: ``[vlm] gpu_queue`` and ``[vlm] gpu_pool``.
+The tagging tasks run where ``[vlm] gpu_queue`` and ``[vlm] gpu_pool`` say.
 """
 
 from __future__ import annotations
@@ -20,15 +20,10 @@ from airflow_vlm_provider.operators.shards import PlanShardsOperator
 
 SOURCE = "s3://datasets/images"
 DESTINATION = "s3://datasets/images-tagged"
-
-placement = {
-    name: value
-    for name, value in {
-        "queue": conf.get("vlm", "gpu_queue", fallback=None),
-        "pool": conf.get("vlm", "gpu_pool", fallback=None),
-    }.items()
-    if value
-}
+# Where the tasks that ask the model run is configuration. It is named here because the engine is the connection's, which is
+# not known when this is parsed. Leave both out for an endpoint that needs no GPU of yours: then any worker will do.
+QUEUE = conf.get("vlm", "gpu_queue", fallback="") or conf.get("operators", "default_queue")
+POOL = conf.get("vlm", "gpu_pool", fallback="") or "default_pool"
 
 with DAG(
     dag_id="nightly_image_tagging",
@@ -75,7 +70,8 @@ with DAG(
         max_pixels=1024 * 1024,
         # By name alone: for a URI, Airflow imports every provider that knows some kind of URI whenever it parses this.
         outlets=[Asset("tagged_images")],
-        **placement,
+        queue=QUEUE,
+        pool=POOL,
     ).expand(shards=plan.output)
 
     @task(trigger_rule="all_done")

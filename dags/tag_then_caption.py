@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from airflow.sdk import DAG, Param, task_group
+from airflow.sdk import DAG, Param, conf, task_group
 
 from airflow_vlm_provider.operators.image_captioning import ImageCaptioningOperator
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
@@ -20,8 +20,10 @@ from airflow_vlm_provider.operators.shards import PlanShardsOperator
 
 SOURCE = "s3://datasets/images"
 DESTINATION = "s3://datasets/images-described"
-# None takes the connection's. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
-ENGINE = None
+# Where the tasks that ask the model run is configuration. It is named here because the engine is the connection's, which is
+# not known when this is parsed. Leave both out for an endpoint that needs no GPU of yours: then any worker will do.
+QUEUE = conf.get("vlm", "gpu_queue", fallback="") or conf.get("operators", "default_queue")
+POOL = conf.get("vlm", "gpu_pool", fallback="") or "default_pool"
 
 with DAG(
     dag_id="tag_then_caption",
@@ -47,7 +49,8 @@ with DAG(
             source="{{ params.source }}",
             shards=shards,
             destination="{{ params.destination.rstrip('/') }}/_tagged",
-            engine=ENGINE,
+            queue=QUEUE,
+            pool=POOL,
             max_pixels=1024 * 1024,
             # Whole shards, also of those that embed their images: the next step reads them.
             output="full",
@@ -59,7 +62,8 @@ with DAG(
             destination="{{ params.destination }}",
             # The images stay where they are.
             media_roots=["{{ params.source }}"],
-            engine=ENGINE,
+            queue=QUEUE,
+            pool=POOL,
             max_pixels=1024 * 1024,
             keep_original_sample=False,
             missing_placeholders="prepend",

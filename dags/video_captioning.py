@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from airflow.sdk import DAG, Param
+from airflow.sdk import DAG, Param, conf
 
 from airflow_vlm_provider.operators.shards import PlanShardsOperator
 from airflow_vlm_provider.operators.video_captioning import VideoCaptioningFromVLMOperator
 
 SOURCE = "s3://datasets/videos"
 DESTINATION = "s3://datasets/videos-captioned"
-# None takes the connection's. With "vllm" the workers serve the model themselves: the tasks then run on [vlm] gpu_queue.
-ENGINE = None
+# Where the tasks that ask the model run is configuration. It is named here because the engine is the connection's, which is
+# not known when this is parsed. Leave both out for an endpoint that needs no GPU of yours: then any worker will do.
+QUEUE = conf.get("vlm", "gpu_queue", fallback="") or conf.get("operators", "default_queue")
+POOL = conf.get("vlm", "gpu_pool", fallback="") or "default_pool"
 
 with DAG(
     dag_id="video_captioning",
@@ -43,7 +45,8 @@ with DAG(
         task_id="caption",
         source="{{ params.source }}",
         destination="{{ params.destination }}",
-        engine=ENGINE,
+        queue=QUEUE,
+        pool=POOL,
         window_seconds=30,
         fps=2.0,
         max_frames=32,

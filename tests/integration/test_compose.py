@@ -39,6 +39,27 @@ def test_the_bucket_is_made_once_and_left_alone_afterwards(tmp_path: Path):
         assert server.client().list_objects_v2(Bucket="datasets")["KeyCount"] == 1
 
 
+def test_the_pool_is_there_after_the_migration_and_follows_the_workers_places(tmp_path: Path):
+    env = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")},
+        "AIRFLOW_HOME": str(tmp_path),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    for places in ("4", "6"):
+        subprocess.run(
+            services(GPU_WORKER_CONCURRENCY=places)["airflow-init"]["command"], env=env, check=True
+        )
+        told = subprocess.run(
+            ["airflow", "pools", "get", "gpu", "--output", "json"],
+            env=env,
+            check=True,
+            stdout=subprocess.PIPE,
+        )
+        (pool,) = json.loads(told.stdout)
+        assert (pool["pool"], pool["slots"]) == ("gpu", places)
+
+
 def test_vllm_understands_the_external_servers_command(tmp_path: Path):
     pytest.importorskip("vllm", reason="vLLM is not installed here")
     from vllm.entrypoints.cli.serve import cmd_init

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,9 +18,14 @@ import pytest
 from airflow.cli import cli_parser
 from airflow.configuration import conf
 from airflow.models import Connection
+from airflow.sdk import DAG
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
 from airflow_vlm_provider.hooks.settings import VLMSettings, parse_settings
+from airflow_vlm_provider.hooks.vlm import VLMHook
+from airflow_vlm_provider.operators.placement import PlacedOperator
 from tests.support.compose import (
     COMPOSE_FILE,
     REPOSITORY,
@@ -29,6 +36,7 @@ from tests.support.compose import (
     interpolated,
     variables_used,
 )
+from tests.unit.test_dockerfile import installed
 
 SECRETS = {
     "POSTGRES_PASSWORD",
@@ -66,6 +74,19 @@ SETTINGS = sorted(
         if setting.startswith("AIRFLOW__")
     }
 )
+
+
+def commands(service: dict[str, Any]) -> list[list[str]]:
+    """The commands of Airflow's that a service runs, one after the other, in words."""
+    match service["command"]:
+        case str(line):
+            return [shlex.split(line)]
+        case ["bash", "-c", script]:
+            lines = [shlex.split(line) for line in script.split("&&")]
+            assert all(words[0] == "airflow" for words in lines), script
+            return [words[1:] for words in lines]
+        case other:
+            raise AssertionError(f"This form of a command is not known here: {other}")
 
 
 def needs_celery(setting_or_command: str) -> None:
@@ -190,11 +211,10 @@ def test_airflow_knows_the_setting_and_its_value_fits(services, known_settings, 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_airflow_understands_the_command(services, name):
-    needs_celery(services[name]["command"])
+    needs_celery(str(services[name]["command"]))
 
-    parsed = cli_parser.get_parser().parse_args(shlex.split(services[name]["command"]))
-
-    assert callable(parsed.func)
+    for words in commands(services[name]):
+        assert callable(cli_parser.get_parser().parse_args(words).func)
 
 
 def test_no_command_of_airflows_is_left_out():
@@ -243,6 +263,90 @@ def test_each_queue_has_its_worker(services):
     assert queue("worker") == conf.get("operators", "default_queue")
     for name in AIRFLOW:
         assert queue("gpu-worker") == services[name]["environment"]["AIRFLOW__VLM__GPU_QUEUE"], name
+
+
+@pytest.mark.parametrize("places", [None, "7"])
+def test_the_pool_of_the_gpu_has_a_slot_for_each_place_of_its_worker(places):
+    needs_celery("celery")
+    services = compose_file({**filled_env(), **({"GPU_WORKER_CONCURRENCY": places} if places else {})})[
+        "services"
+    ]
+    parse = cli_parser.get_parser().parse_args
+    worker = parse(*commands(services["gpu-worker"]))
+
+    migration, made = (parse(words) for words in commands(services["airflow-init"]))
+
+    # What waits for a place of the worker's in its queue is failed after a while, what waits for a slot is not.
+    assert (migration.subcommand, made.subcommand) == ("migrate", "set")
+    assert int(made.slots) == worker.concurrency == int(places or example_env()["GPU_WORKER_CONCURRENCY"])
+    for name in AIRFLOW:
+        assert services[name]["environment"]["AIRFLOW__VLM__GPU_POOL"] == made.pool, name
+
+
+@pytest.mark.parametrize(
+    ("database", "healthy"),
+    [("healthy", True), ("unhealthy", False)],
+)
+def test_an_api_server_without_its_database_is_not_healthy(
+    services, monkeypatch, tmp_path, database, healthy
+):
+    from airflow.api_fastapi.core_api.routes.public import monitor
+
+    answered = {
+        "metadatabase": {"status": database},
+        **{
+            name: {"status": "healthy", f"latest_{name}_heartbeat": None}
+            for name in ("scheduler", "triggerer", "dag_processor")
+        },
+    }
+    monkeypatch.setattr(monitor, "get_airflow_health", lambda: answered)
+    app = FastAPI()
+    app.include_router(monitor.monitor_router, prefix="/api/v2")
+    answer = TestClient(app).get("/api/v2/monitor/health")
+    assert answer.status_code == 200
+    (tmp_path / "answer").write_text(answer.text)
+    (tmp_path / "curl").write_text(f"#!/bin/sh\nexec cat '{tmp_path}/answer'\n")
+    (tmp_path / "curl").chmod(0o755)
+
+    kind, *words = services["airflow-apiserver"]["healthcheck"]["test"]
+    found = subprocess.run(
+        ["sh", "-c", *words] if kind == "CMD-SHELL" else words,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=False,
+    )
+    assert (found.returncode == 0) is healthy
+
+
+DAGS = sorted((REPOSITORY / "dags").glob("*.py"))
+
+
+@pytest.fixture
+def parsed_dag(request, services, monkeypatch) -> DAG:
+    """A DAG as the stack's DAG processor parses it."""
+    for name, value in services["airflow-dag-processor"]["environment"].items():
+        if name.startswith("AIRFLOW__VLM__"):
+            monkeypatch.setenv(name, value)
+    return runpy.run_path(str(request.param))["dag"]
+
+
+@pytest.mark.parametrize("parsed_dag", DAGS, ids=lambda path: path.stem, indirect=True)
+def test_the_dags_run_where_their_engine_is(services, parsed_dag):
+    asking = [each for each in parsed_dag.tasks if issubclass(operator_class(each), PlacedOperator)]
+    assert asking
+    for each in asking:
+        arguments = each.partial_kwargs if each.is_mapped else vars(each)
+        asked = vlm_settings(services, arguments.get("vlm_conn_id") or VLMHook.default_conn_name)
+        if (engine := arguments.get("engine") or asked.engine) == "openai":
+            continue
+        environment = services["gpu-worker"]["environment"]
+        assert each.queue == environment["AIRFLOW__VLM__GPU_QUEUE"], each.task_id
+        assert each.pool == environment["AIRFLOW__VLM__GPU_POOL"], each.task_id
+        # vLLM is what the image begins with.
+        assert engine == "vllm" or engine in installed("gpu"), each.task_id
+
+
+def operator_class(task: Any) -> type:
+    return task.operator_class if task.is_mapped else type(task)
 
 
 def connection(services: dict[str, dict[str, Any]], conn_id: str) -> Connection:
