@@ -37,7 +37,7 @@ from airflow_vlm_provider.engines.vllm_demand import Demand
 from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder
 from airflow_vlm_provider.engines.vllm_guard import Guard
 from airflow_vlm_provider.engines.vllm_health import Health
-from airflow_vlm_provider.engines.vllm_last_words import is_lasting, quote, said_of_exit
+from airflow_vlm_provider.engines.vllm_last_words import is_lasting, quote, remedy, said_of_exit
 from airflow_vlm_provider.engines.vllm_process import Port, ServerProcess
 from airflow_vlm_provider.engines.vllm_settings import FIRST_STARTS, KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
@@ -189,9 +189,8 @@ class Keeper:
             lasting = self._state.ready_at is None and end.lasting
             if lasting or not self._may_start_again(starts):
                 said = "".join(f"\n  {line}" for line in quote(end.lines))
-                error = f"{end.reason}. Its log is {self._server.log}" + (
-                    f"; it said:{said}" if said else "."
-                )
+                reason = ". ".join(filter(None, (end.reason, remedy(end.lines))))
+                error = f"{reason}. Its log is {self._server.log}" + (f"; it said:{said}" if said else ".")
                 self._enter("failed", error=error, lasting=lasting)
                 return
             log.warning("%s; starting it again", end.reason)

@@ -29,6 +29,8 @@ _PASSING = re.compile(
     r"|timed out|No space left",
     re.IGNORECASE,
 )
+# Its package is not there, or the command that was to start it.
+_NO_VLLM = re.compile(r"No module named '?vllm(?![\w.])|^\S+: No such file or directory$", re.MULTILINE)
 
 
 def is_lasting(lines: Sequence[str]) -> bool:
@@ -47,6 +49,16 @@ def quote(lines: Sequence[str]) -> list[str]:
     wanted = {*errors, *rest}
     kept = [line for line in dict.fromkeys(told) if line in wanted]
     return [line[:_QUOTED_CHARACTERS] for line in kept]
+
+
+def remedy(lines: Sequence[str]) -> str | None:
+    """What mends it, as a sentence, where that is Airflow's to know and not vLLM's."""
+    if _NO_VLLM.search("\n".join(lines)) is None:
+        return None
+    return (
+        "There is no vLLM on this worker. Have the task run on one that has it, by the operator's engine='vllm' and "
+        "[vlm] gpu_queue, or by its queue; or name in [vlm] vllm_command where it is"
+    )
 
 
 def said_of_exit(status: int, *, ready: bool) -> str:

@@ -163,7 +163,9 @@ def test_what_the_author_did_wrong_is_told_to_all_who_wait(worker):
 
 def test_a_command_that_is_not_there_is_told(worker):
     spec = ServerSpec(model="m", gpus=("0",), command=("/no/such/vllm", "serve"))
-    with pytest.raises(ConfigError, match=r"/no/such/vllm: No such file or directory"):
+    with pytest.raises(
+        ConfigError, match=r"no vLLM on this worker(.|\n)*/no/such/vllm: No such file or directory"
+    ):
         worker.lease(spec).attach()
 
 

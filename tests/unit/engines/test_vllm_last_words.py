@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from airflow_vlm_provider.engines.vllm_last_words import QUOTED_LINES, is_lasting, quote, said_of_exit
+from airflow_vlm_provider.engines.vllm_last_words import QUOTED_LINES, is_lasting, quote, remedy, said_of_exit
 
 # vLLM 0.32, abbreviated where marked by dots.
 WORDS = {
@@ -55,6 +55,20 @@ def test_what_may_pass_is_no_fault_of_the_authors(name):
 def test_what_is_only_remarked_is_not_why_it_ended():
     assert not is_lasting(["(EngineCore pid=2) WARNING 11-20 14:50:04 [x.py:1] ValueError: no tuned kernel"])
     assert is_lasting(["(EngineCore pid=2) ERROR 11-20 14:50:04 [x.py:1] ValueError: no such kernel"])
+
+
+def test_where_there_is_no_vllm_the_queue_is_named_and_else_nothing():
+    without = [
+        WORDS["vllm is not installed"],
+        WORDS["no command"],
+        "ModuleNotFoundError: No module named 'vllm'",
+        "(ModuleNotFoundError: No module named 'vllm')",
+    ]
+    for line in without:
+        assert "[vlm] gpu_queue" in str(remedy(["a line", line, "another"])), line
+    others = [*WORDS.values(), *PASSING.values(), "ModuleNotFoundError: No module named 'vllm._C'"]
+    for words in set(others) - set(without):
+        assert remedy(words.split("\n")) is None, words
 
 
 ENGINE_FAILED = """\
