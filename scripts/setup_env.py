@@ -85,8 +85,11 @@ def main(target: str) -> int:
     )
 
     def install(*what: str, quietly_fail: bool = False) -> bool:
+        # Compiled once, and not by each of the processes that tests and demo start: where PYTHONDONTWRITEBYTECODE is
+        # set, as in many containers, none of them would keep what it has compiled.
         command: Sequence[str] = [
-            str(prefix / "bin" / "uv"), "pip", "install", "--quiet", "--python", str(python), *find_links(), *what
+            str(prefix / "bin" / "uv"), "pip", "install", "--quiet", "--compile-bytecode",
+            "--python", str(python), *find_links(), *what,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=quietly_fail, text=True, check=False)
         if done.returncode and not quietly_fail:
