@@ -101,8 +101,11 @@ def test_the_test_says_when_the_engines_package_is_missing(make_hook, monkeypatc
     monkeypatch.setattr("airflow_vlm_provider.hooks.vlm.importlib.util.find_spec", lambda name: None)
 
     _, message = make_hook(extra={"engine": "vllm"}).test_connection()
+    _, other = make_hook(extra={"engine": "transformers"}).test_connection()
 
-    assert "'airflow-provider-vlm[vllm]'" in message
+    # Beside Airflow or in another environment: both are ways to have vLLM.
+    assert "workers need 'airflow-provider-vlm[vllm]', or [vlm] vllm_command to name" in message
+    assert other.endswith("workers need 'airflow-provider-vlm[transformers]'.")
 
 
 def test_a_wrong_field_fails_the_test_with_its_sentence(make_hook):
