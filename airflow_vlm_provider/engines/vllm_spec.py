@@ -31,6 +31,13 @@ _OWN = frozenset(
         *("api_key", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs"),
     }
 )
+# Each of these copies or parts of the model has a GPU of its own. (Those of decode_context_parallel_size share them.)
+_PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "prefill_context_parallel_size",
+    "data_parallel_size",
+)
 # Flags that can only be set; they are off by default.
 _SET_ONLY = frozenset(
     {"aggregate_engine_logging", "data_parallel_multi_port_external_lb", "disable_log_stats"}
@@ -224,9 +231,9 @@ def pick_gpus(gpus: str | int | Sequence[Any] | None, args: Mapping[str, Any]) -
     :param args: The engine arguments, whose parallel sizes say how many are needed.
     :raises ConfigError: the worker has not so many, or more or fewer are named than needed.
     """
-    needed = 1
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        value = args.get(name, args.get(name.replace("_", "-"), 1))
+    needed, named_sizes = 1, {_plain(name): value for name, value in args.items() if value is not None}
+    for name in _PARALLEL_SIZES:
+        value = named_sizes.get(name, 1)
         if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
         needed *= int(value)
@@ -236,8 +243,8 @@ def pick_gpus(gpus: str | int | Sequence[Any] | None, args: Mapping[str, Any]) -
             return (CPU,)
         if len(visible) < needed:
             raise ConfigError(
-                f"{needed} GPUs are asked for (tensor_parallel_size x pipeline_parallel_size x data_parallel_size), and "
-                f"this worker has {len(visible)}: {', '.join(visible)}."
+                f"{needed} GPUs are asked for ({' x '.join(_PARALLEL_SIZES)}), and this worker has {len(visible)}: "
+                f"{', '.join(visible)}."
             )
         return tuple(visible[:needed])
     named = (

@@ -150,6 +150,16 @@ def test_what_decides_answers_is_told_from_what_only_decides_how_fast():
     [
         ("0,1,2,3", None, {}, ("0",)),
         ("0,1,2,3", None, {"tensor_parallel_size": 2, "data-parallel-size": "2"}, ("0", "1", "2", "3")),
+        (
+            "0,1,2,3",
+            None,
+            {"prefill_context_parallel_size": 2, "pipeline-parallel-size": 2},
+            ("0", "1", "2", "3"),
+        ),
+        # Parts that share the GPUs of the others.
+        ("0,1", None, {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, ("0", "1")),
+        # vLLM's defaults.
+        ("0,1", None, {"tensor_parallel_size": None, "data-parallel-size": None}, ("0",)),
         ("GPU-a,GPU-b", "GPU-b", {}, ("GPU-b",)),
         ("0,1,2,3", [3, 1], {"tensor_parallel_size": 2}, ("3", "1")),
         ("0,1", 1, {}, ("1",)),
