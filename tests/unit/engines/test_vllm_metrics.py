@@ -37,6 +37,19 @@ def test_engines_are_added_up_and_the_fullest_cache_counts():
     assert read_metrics(TEXT) == Metrics(running=5, waiting=10, kv_cache=0.75, progress=1_500_541.0)
 
 
+def test_requests_that_wait_for_something_else_than_room_are_told_apart():
+    deferred = 'vllm:num_requests_waiting_by_reason{engine="0",model_name="org/m",reason="deferred"} 4.0\n'
+    engines = read_engines(TEXT + deferred)
+    assert (engines["0"].waiting, engines["0"].deferred, engines["0"].queued) == (10, 4, 6)
+    together = read_metrics(TEXT + deferred + deferred.replace('"0"', '"1"').replace("4.0", "3.0"))
+    assert together is not None
+    assert (together.waiting, together.deferred, together.queued) == (10, 7, 3)
+    # A version that does not tell.
+    without = read_metrics("\n".join(line for line in TEXT.splitlines() if "by_reason" not in line))
+    assert without is not None
+    assert without.queued == without.waiting == 10
+
+
 def test_metrics_of_something_else_are_none():
     assert read_metrics("") is None
     assert read_metrics("http_requests_total 9.0\n") is None
