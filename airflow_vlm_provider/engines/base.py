@@ -27,8 +27,12 @@ class Engine(Protocol):
         """How many requests it keeps in flight at the moment: at most :attr:`concurrency`."""
 
     @property
+    def in_flight(self) -> int:
+        """How many requests are under way at the moment: not those that it still holds back, for whatever reason."""
+
+    @property
     def pressure(self) -> str | None:
-        """What kept :attr:`window` from being larger, and how the server fared, in a sentence; None if not known."""
+        """What kept more requests from being in flight, and what would help, in a sentence; None if not known."""
 
     @property
     def takes_video(self) -> bool:

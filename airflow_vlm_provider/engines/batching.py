@@ -96,6 +96,11 @@ class Batcher(Generic[Item, Loaded, Batch, Result]):
         self._running: asyncio.Task[None] | None = None
         self._failure: str | None = None
 
+    @property
+    def in_flight(self) -> int:
+        """How many requests are loaded, waiting or running."""
+        return self._loading + len(self._unanswered)
+
     async def in_model_thread(self, function: Callable[[], T]) -> T:
         """Run something in the thread that owns the model."""
         return await asyncio.get_running_loop().run_in_executor(self._model_thread, function)

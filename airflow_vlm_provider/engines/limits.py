@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aiolimiter import AsyncLimiter
 
 from airflow_vlm_provider.engines.failures import PassingError
-from airflow_vlm_provider.engines.pressure import Ended, Pressure
+from airflow_vlm_provider.engines.pressure import FIRST_SIZE, Ended, Pressure
 from airflow_vlm_provider.engines.vllm_metrics import Metrics
 from airflow_vlm_provider.engines.vllm_watch import metrics_url, watch_server
 from airflow_vlm_provider.engines.window import Window
@@ -25,6 +25,8 @@ _TOKENS_PER_MEDIUM = 1000
 _TOKENS_PER_ANSWER = 256
 _CHARACTERS_PER_TOKEN = 4
 _HELD_SECONDS = 0.01
+# Rates that are too low hold back nearly all requests; others now and then a few that come at once.
+_BINDING_SHARE = 0.5
 
 
 class Limits:
@@ -32,6 +34,7 @@ class Limits:
 
     :param concurrency: Requests in flight at most: the largest size of :attr:`window`, which follows what the endpoint
         can take.
+    :param first_window: Its size before anything is known of the endpoint.
     :param requests_per_minute: None is no limit.
     :param tokens_per_minute: Prompt and completion tokens together; None is no limit.
     """
@@ -40,14 +43,17 @@ class Limits:
         self,
         *,
         concurrency: int,
+        first_window: int = FIRST_SIZE,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
     ) -> None:
-        self.pressure = Pressure(concurrency)
+        self.pressure = Pressure(concurrency, first=first_window)
         self.window = Window(self.pressure.size)
         self._watcher: asyncio.Task[None] | None = None
         self._said = False
-        self._asked = self._held = 0
+        self._let_through = self._held = 0
+        # Seconds in which somebody waited for one of the buckets.
+        self._waited = 0.0
         # The buckets are small, so that no minute sees much more than its due: a bucket of a whole minute would
         # let through twice the rate in the first one.
         self._requests = _bucket(requests_per_minute, seconds=1)
@@ -83,31 +89,34 @@ class Limits:
 
     async def permit(self, tokens: float) -> None:
         """Wait until one more request of so many tokens may be sent, or until :meth:`close`."""
-        self._asked += 1
         if self._requests or self._tokens or self._left_of_pause() > 0:
             # AsyncLimiter serves small amounts before large ones; the lock keeps the order.
-            came = asyncio.get_running_loop().time()
+            before = self._waited
             async with self._order:
+                came = asyncio.get_running_loop().time()
                 if self._requests and not self._closed.is_set():
                     await self._requests.acquire()
                 while self._tokens and tokens > 0 and not self._closed.is_set():
                     part = min(tokens, self._tokens.max_rate)
                     await self._tokens.acquire(part)
                     tokens -= part
+                self._waited += asyncio.get_running_loop().time() - came
                 while (left := self._left_of_pause()) > 0 and not self._closed.is_set():
                     await self.sleep(left)
-            if asyncio.get_running_loop().time() - came > _HELD_SECONDS:
+            # Behind those who came before, too, but for a pause that the endpoint has asked for.
+            if self._waited - before > _HELD_SECONDS:
                 self._held += 1
+        self._let_through += 1
 
     def sentence(self) -> str | None:
-        """What kept requests from being sent, in a sentence; None if nothing did, or it is not known."""
-        said = self.pressure.sentence()
-        if self._held and (self._requests or self._tokens):
-            rates = (
-                f"{self._held} of {self._asked} requests were held back by the connection's rates per minute."
+        """What kept more requests from being in flight, and what would help; None if it is not known."""
+        if self._held and self._held >= _BINDING_SHARE * self._let_through:
+            return (
+                f"{self._held} of {self._let_through} requests were held back by the connection's rates per minute. "
+                "Larger ones (requests_per_minute, tokens_per_minute), if the endpoint allows them, would make this "
+                "faster."
             )
-            return f"{said} {rates}" if said else rates
-        return said
+        return self.pressure.sentence()
 
     def pause(self, seconds: float) -> None:
         """Send nothing for so long; a longer pause in force stays."""

@@ -24,6 +24,7 @@ from airflow_vlm_provider.engines.client import (
 from airflow_vlm_provider.engines.failures import Diagnosis, PassingError, UnsupportedError, public_url
 from airflow_vlm_provider.engines.health import Health, Turn
 from airflow_vlm_provider.engines.limits import Limits, TokenEstimate
+from airflow_vlm_provider.engines.pressure import FIRST_SIZE
 from airflow_vlm_provider.errors import (
     ConfigError,
     EngineError,
@@ -56,6 +57,7 @@ class OpenAIEngine:
     :param headers: Sent with every request.
     :param name: What messages call the place where address and key are set.
     :param concurrency: Requests in flight at most.
+    :param first_window: Requests in flight before anything is known of the endpoint.
     :param requests_per_minute: None is no limit.
     :param tokens_per_minute: Prompt and completion tokens together; None is no limit.
     :param timeout: Seconds per request, from sending to the last byte of the answer.
@@ -81,6 +83,7 @@ class OpenAIEngine:
         headers: Mapping[str, str] | None = None,
         name: str = "openai engine",
         concurrency: int = 32,
+        first_window: int = FIRST_SIZE,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
         timeout: float = 60.0,
@@ -137,6 +140,7 @@ class OpenAIEngine:
         )
         self._limits = Limits(
             concurrency=concurrency,
+            first_window=first_window,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
         )
@@ -149,6 +153,11 @@ class OpenAIEngine:
     def window(self) -> int:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
         return self._limits.window.size
+
+    @property
+    def in_flight(self) -> int:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return self._limits.pressure.in_flight
 
     @property
     def pressure(self) -> str | None:

@@ -2,8 +2,8 @@
 
 Three things tell of it:
 
-- The server itself, where it is vLLM: how many requests it runs, and how many wait in it. As long as none wait, there
-  may be more. Those that do wait keep it busy until it is looked at the next time; beyond that they only cost time,
+- The server itself, where it is vLLM: how many requests it runs, and how many wait in it for room. As long as none do,
+  there may be more. Those that do wait keep it busy until it is looked at the next time; beyond that they only cost time,
   memory and fairness. See :class:`ServerLaw`.
 - The answers, where the server tells nothing: a larger window that brings no more of them in the same time only makes
   each take longer. See :class:`~airflow_vlm_provider.engines.congestion.AnswerLaw`.
@@ -24,13 +24,26 @@ from airflow_vlm_provider.engines.vllm_metrics import Metrics
 
 FIRST_SIZE = 32
 """Requests in flight before anything is known of the endpoint."""
+# The same, of all tasks together that are known to begin with one server, and for each of them at least.
+FIRST_OF_ALL, FIRST_AT_LEAST = 128, 4
 # Of the requests that run, so many may wait besides, and at least SPARE.
 SPARE_SHARE, SPARE = 1 / 8, 4
 # A cache that is as full as this has no room for one more; vLLM then drops what it has computed and begins again.
 FULL_CACHE = 0.95
+# On average, so few requests that wait for room are none, and a cache is full.
+IDLE, FULL_ON_AVERAGE = 1.0, 0.9
 
 Ended = Literal["answered", "refused", "failed"]
 """``refused``: turned away, or not answered in time; ``failed``: for any other reason, or given up by the caller."""
+
+
+def first_size(tasks: int) -> int:
+    """How large a task's window is at first that knows how many tasks ask the server, itself included.
+
+    The window of each follows the server when that has been seen to let requests wait. What many tasks have sent before
+    must be answered in time, all the same.
+    """
+    return min(FIRST_SIZE, max(FIRST_AT_LEAST, FIRST_OF_ALL // max(1, tasks)))
 
 
 class ServerLaw:
@@ -47,7 +60,7 @@ class ServerLaw:
     def __init__(self, size: float, most: int) -> None:
         self.size = size
         self.has_met_bounds = False
-        """Whether requests were seen to wait in the server."""
+        """Whether requests were seen to wait for room in the server."""
         self._most = most
         # As long as none were, the window may double.
         self._boost = 1.0
@@ -63,10 +76,10 @@ class ServerLaw:
         load = max(in_flight, there)
         if not load:
             return
-        if metrics.waiting == 0:
+        if metrics.queued == 0:
             if full:
                 # What the server has not got yet, it has not shown that it can take.
-                size = in_flight * (1 + self._boost * there / load)
+                size = in_flight * (1 + self._boost * metrics.running / load)
                 room = in_flight * FULL_CACHE / metrics.kv_cache if metrics.kv_cache else math.inf
                 self.size = min(float(self._most), max(self.size, min(size, room)))
                 self._boost = min(1.0, 2 * self._boost)
@@ -75,7 +88,7 @@ class ServerLaw:
         self._boost = SPARE_SHARE
         running = load * metrics.running / there
         spare = SPARE if metrics.kv_cache >= FULL_CACHE else max(SPARE, running * SPARE_SHARE)
-        missing = spare * math.sqrt(in_flight / load) - in_flight * metrics.waiting / there
+        missing = spare * math.sqrt(in_flight / load) - in_flight * metrics.queued / there
         if missing < 0 or full:
             # A window that was made smaller holds more than its size until enough have come back.
             size = max(self.size, in_flight) if full else in_flight
@@ -98,11 +111,12 @@ class Pressure:
     """Says how large the window is to be.
 
     :param most: The largest that it may become.
+    :param first: How large it is at first.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, first: int = FIRST_SIZE) -> None:
         self._most = most
-        self._answers = AnswerLaw(min(most, FIRST_SIZE), most)
+        self._answers = AnswerLaw(min(most, first), most)
         self._refusals = RefusalLaw(most)
         self._server: ServerLaw | None = None
         self._sent = 0
@@ -168,18 +182,40 @@ class Pressure:
         full = peak >= self.size
         if full:
             self._looks += 1
-            self._waiting += metrics.waiting
+            self._waiting += metrics.queued
             self._kv_cache += metrics.kv_cache
         self._server.look(metrics, in_flight=self._in_flight, full=full)
 
     def sentence(self) -> str | None:
-        """What kept the window as small as it was, in a sentence; None when nothing did, or it is not known."""
+        """What kept more requests from being in flight, and what would help; None if it is not known."""
+        waiting, kv_cache = (each / max(1, self._looks) for each in (self._waiting, self._kv_cache))
+        law = self._server or self._answers
         said = []
         if self._looks:
             said.append(
-                f"vLLM had {self._waiting / self._looks:.1f} requests waiting on average, and {self._kv_cache / self._looks:.0%} of "
-                "its cache in use."
+                f"vLLM had {waiting:.1f} requests waiting on average, and {kv_cache:.0%} of its cache in use."
             )
         if self._refused:
             said.append(f"{self._refused} of {self._sent} requests were turned away or not answered in time.")
+        if self._refusals.size < law.size:
+            said.append(
+                "Higher limits of the endpoint or, where answers take long, a larger timeout would make this faster."
+            )
+        elif kv_cache >= FULL_ON_AVERAGE:
+            said.append(
+                "Smaller media (max_pixels), shorter prompts, or more of the GPU's memory (gpu_memory_utilization) would make "
+                "room for more requests at once."
+            )
+        elif self._server is None and law.has_met_bounds:
+            said.append(
+                "More requests at once brought no more answers. A faster endpoint, or fewer pixels and tokens for it, "
+                "would make this faster."
+            )
+        elif self.size >= self._most and waiting < IDLE:
+            said.append(
+                f"No more than {self._most} requests were allowed at once. A larger concurrency (max_concurrency), or more "
+                "tasks at the same time, may make this faster."
+            )
+        elif said:
+            said.append("A faster GPU or model, or fewer pixels and tokens for it, would make this faster.")
         return " ".join(said) or None

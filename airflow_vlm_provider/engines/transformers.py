@@ -136,6 +136,11 @@ class TransformersEngine:
         return self.concurrency
 
     @property
+    def in_flight(self) -> int:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return 0 if self._batcher is None else self._batcher.in_flight
+
+    @property
     def pressure(self) -> str | None:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
         return None

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from airflow_vlm_provider.engines.openai import OpenAIEngine
+from airflow_vlm_provider.engines.pressure import first_size
 from airflow_vlm_provider.engines.vllm_folder import EngineFolder
 from airflow_vlm_provider.engines.vllm_leases import Attached, Lease
 from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
@@ -110,6 +111,11 @@ class VLLMEngine:
     def window(self) -> int:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
         return self.concurrency if self._asked is None else self._asked.window
+
+    @property
+    def in_flight(self) -> int:
+        """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
+        return 0 if self._asked is None else self._asked.in_flight
 
     @property
     def pressure(self) -> str | None:
@@ -239,6 +245,7 @@ class VLLMEngine:
             name=f"vLLM on this worker ({lease.server.key})",
             model=self._served,
             concurrency=self.concurrency,
+            first_window=first_size(attached.tasks),
             timeout=self._timeout,
             detail=self._detail,
             outage_timeout=_OUTAGE_SECONDS,

@@ -44,12 +44,14 @@ class Attached:
     :param url: Base URL, without ``/v1``.
     :param api_key: What requests are authorized by.
     :param loads: How often the keeper has loaded the model.
+    :param tasks: How many had a lease on it then, this one included.
     """
 
     keeper: str
     url: str
     api_key: str = field(repr=False)
     loads: int
+    tasks: int
 
 
 class Lease:
@@ -134,6 +136,10 @@ class Lease:
             return False
         return state.phase in ("ready", "draining") and not self._has_ended()
 
+    def _tasks(self) -> int:
+        with self.server.gate():
+            return len(self.server.leases())
+
     def _has_ended(self) -> bool:
         """Whether the server has no keeper any more, whatever that has written."""
         with self.server.gate():
@@ -194,7 +200,7 @@ class Lease:
                 if state.keeper != keeper or state.phase in ("stopping", "stopped"):
                     return None
                 if state.phase in ("ready", "draining"):
-                    return Attached(keeper, str(state.url), str(state.api_key), state.loads)
+                    return Attached(keeper, str(state.url), str(state.api_key), state.loads, self._tasks())
                 if state.phase == "failed":
                     raise (ConfigError if state.lasting else EngineError)(f"{self.spec.model}: {state.error}")
                 self._tell(_progress(state, self.spec))

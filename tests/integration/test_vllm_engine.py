@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -311,3 +312,32 @@ def test_an_engine_can_be_opened_again(worker):
         asyncio.run(engine.ask(question("q")))
     assert len(worker.fake.starts()) == 1
     assert is_running(worker.fake.starts()[0]["pid"])
+
+
+def test_the_more_tasks_use_a_server_the_fewer_requests_each_begins_with(worker):
+    async def run():
+        async with AsyncExitStack() as tasks:
+            engines = [await tasks.enter_async_context(worker.engine(concurrency=128)) for _ in range(8)]
+            windows = [engine.window for engine in engines]
+            await engines[0].__aexit__(None, None, None)
+            eventually(lambda: len(list(worker.server(worker.spec()).path.glob("leases/*"))) == 7)
+            later = await tasks.enter_async_context(worker.engine(concurrency=6))
+            return windows, later.window
+
+    assert asyncio.run(run()) == ([32, 32, 32, 32, 25, 21, 18, 16], 6)
+
+
+def test_how_many_requests_are_under_way_is_known(worker):
+    worker.fake.control(answer_seconds=0.5)
+
+    async def run():
+        engine = worker.engine(concurrency=3)
+        assert engine.in_flight == 0
+        async with engine:
+            asking = asyncio.create_task(ask_all(engine, TEXTS[:5]))
+            await until(lambda: engine.in_flight)
+            assert engine.in_flight <= 3
+            await asking
+            assert engine.in_flight == 0
+
+    asyncio.run(run())

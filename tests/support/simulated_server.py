@@ -7,12 +7,13 @@ is sent anywhere: a test of minutes with thousands of requests takes a second.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from airflow_vlm_provider.engines.pressure import Ended, Pressure
+from airflow_vlm_provider.engines.pressure import FIRST_SIZE, Ended, Pressure
 from airflow_vlm_provider.engines.vllm_metrics import Metrics
 from airflow_vlm_provider.engines.window import Window
 
@@ -58,9 +59,15 @@ class Server:
             self.refused += 1
             return False
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.queue.append((self.pieces(self.draw), turn))
+        place = self.pieces(self.draw), turn
+        self.queue.append(place)
         self._start()
-        await turn
+        try:
+            await turn
+        finally:
+            # Of what nobody waits for any more, vLLM drops what it has not begun.
+            if turn.cancelled() and place in self.queue:
+                self.queue.remove(place)
         return True
 
     def _start(self) -> None:
@@ -90,21 +97,36 @@ class Task:
     :param fixed: Whether the window always has that size.
     :param looks: Whether it looks at the server's metrics.
     :param samples: How many samples it works on at once at most, as a source would bound it.
+    :param first: The window to begin with.
+    :param total: How much it has to ask.
+    :param timeout: Seconds after which it gives a request up, and asks again.
     """
 
     def __init__(
-        self, server: Server, *, most: int = 128, fixed: bool = False, looks: bool = True, samples: int = 1000
+        self,
+        server: Server,
+        *,
+        most: int = 128,
+        fixed: bool = False,
+        looks: bool = True,
+        samples: int = 1000,
+        first: int = FIRST_SIZE,
+        total: float = math.inf,
+        timeout: float | None = None,
     ) -> None:
         self.server = server
-        self.pressure = Pressure(most)
+        self.pressure = Pressure(most, first=first)
         self.window = Window(most if fixed else self.pressure.size)
-        self.answered = 0
+        self.answered = self.timeouts = 0
+        self.done = asyncio.Event()
         self.sizes: list[int] = []
         self._fixed = fixed
         self._looks = looks
         self._paused_until = 0.0
         self._running: list[asyncio.Task[None]] = []
         self._samples = samples
+        self._left = self._total = total
+        self._timeout = timeout
 
     def start(self) -> None:
         self._running = [asyncio.create_task(self._go_on()) for _ in range(min(self._samples, 4 * 128))]
@@ -117,20 +139,29 @@ class Task:
 
     async def _go_on(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        while self._left > 0:
+            self._left -= 1
             async with self.window:
                 if (left := self._paused_until - loop.time()) > 0:
                     await asyncio.sleep(left)
                 sent = self.pressure.send(loop.time())
                 ended: Ended = "failed"
                 try:
-                    ended = "answered" if await self.server.ask() else "refused"
+                    taken = await asyncio.wait_for(self.server.ask(), self._timeout)
+                    ended = "answered" if taken else "refused"
+                except asyncio.TimeoutError:
+                    ended = "refused"
+                    self.timeouts += 1
                 finally:
                     self.pressure.end(sent, loop.time(), ended)
                     self._resize()
             if ended == "answered":
                 self.answered += 1
-            elif self.server.retry_after:
+                if self.answered == self._total:
+                    self.done.set()
+                continue
+            self._left += 1
+            if self.server.retry_after:
                 self._paused_until = loop.time() + self.server.retry_after
             else:
                 await asyncio.sleep(self.server.draw.uniform(0, 2))

@@ -286,12 +286,13 @@ def test_no_more_requests_are_loaded_than_may_be_in_flight(model):
         asking = asyncio.create_task(ask_all(batcher, names(20)))
         await held.until_started()
         await asyncio.sleep(0.05)
-        loaded = len(model.loaded)
+        loaded = len(model.loaded), batcher.in_flight
         held.go.set()
-        return loaded, await asking
+        return loaded, await asking, batcher.in_flight
 
-    loaded, answers = run_with(lambda: model.batcher(size=2, in_flight=6), test)
-    assert loaded == 6
+    loaded, answers, left = run_with(lambda: model.batcher(size=2, in_flight=6), test)
+    assert loaded == (6, 6)
+    assert left == 0
     assert answers == [name.upper() for name in names(20)]
 
 

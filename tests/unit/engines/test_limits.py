@@ -7,6 +7,7 @@ import pytest
 
 from airflow_vlm_provider.engines.failures import PassingError
 from airflow_vlm_provider.engines.limits import Limits, TokenEstimate
+from airflow_vlm_provider.engines.pressure import FIRST_SIZE
 from airflow_vlm_provider.errors import SampleError
 from airflow_vlm_provider.types import Answer, Media, Request, Usage
 from tests.support.virtual_time import run_in_virtual_time
@@ -188,8 +189,62 @@ def test_that_the_endpoint_takes_no_more_is_logged_once(caplog):
     ]
 
 
-def test_what_the_connections_rates_held_back_is_said():
-    limits = Limits(concurrency=1000, requests_per_minute=60)
-    assert limits.sentence() is None
-    run_in_virtual_time(_send(limits, [1.0] * 10))
-    assert limits.sentence() == "9 of 10 requests were held back by the connection's rates per minute."
+def _let_through(limits: Limits, number: int, *, seconds: float = 0.5) -> None:
+    """Ask as the engine does: in the window, permitted, sent."""
+
+    async def main() -> None:
+        async def answer() -> Answer:
+            await asyncio.sleep(seconds)
+            return Answer((), "m")
+
+        async def one() -> None:
+            async with limits.window:
+                await limits.permit(1.0)
+                await limits.watched(answer())
+
+        await asyncio.gather(*(one() for _ in range(number)))
+
+    run_in_virtual_time(main())
+
+
+@pytest.mark.parametrize("rates", [{"requests_per_minute": 60}, {"tokens_per_minute": 6}], ids=str)
+def test_that_the_connections_rates_bind_is_said_and_that_larger_ones_would_help(rates):
+    limits = Limits(concurrency=32, **rates)
+    _let_through(limits, 62)
+    said = str(limits.sentence())
+    assert " of 62 requests were held back by the connection's rates per minute." in said
+    assert "requests_per_minute" in said
+    assert "faster GPU" not in said
+    assert "concurrency" not in said
+
+
+def test_rates_that_hold_back_a_few_now_and_then_are_not_what_binds():
+    limits = Limits(concurrency=20, requests_per_minute=600)
+    # Ten of the first twenty wait; after that as many as come are let through.
+    _let_through(limits, 400, seconds=2.5)
+    assert "rates" not in str(limits.sentence())
+
+
+def test_a_pause_that_the_endpoint_asks_for_is_not_the_connections_rates():
+    async def main(limits: Limits) -> None:
+        for _ in range(10):
+            limits.pause(5)
+            await asyncio.gather(*(limits.permit(1.0) for _ in range(3)))
+
+    for rates in ({}, {"requests_per_minute": 6000}):
+        limits = Limits(concurrency=32, **rates)
+        run_in_virtual_time(main(limits))
+        assert "rates" not in str(limits.sentence())
+
+
+def test_who_waits_behind_others_that_the_rates_hold_back_is_held_back_too():
+    # Each waits a few milliseconds for the bucket, and much longer for those before it.
+    limits = Limits(concurrency=1000, requests_per_minute=30_000)
+    run_in_virtual_time(_send(limits, [1.0] * 2000))
+    assert int(str(limits.sentence()).split(" of 2000 requests")[0]) > 1400
+
+
+def test_it_begins_with_the_first_window_that_it_is_given():
+    assert Limits(concurrency=64, first_window=8).window.size == 8
+    assert Limits(concurrency=4, first_window=8).window.size == 4
+    assert Limits(concurrency=64).window.size == FIRST_SIZE

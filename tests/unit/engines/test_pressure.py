@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from airflow_vlm_provider.engines.pressure import FIRST_SIZE, Pressure, ServerLaw
+from airflow_vlm_provider.engines.pressure import FIRST_SIZE, Pressure, Sent, ServerLaw, first_size
 from airflow_vlm_provider.engines.vllm_metrics import Metrics
 from tests.support.simulated_server import Server, Task, answered_in
 from tests.support.virtual_time import run_in_virtual_time
@@ -322,19 +322,122 @@ def test_with_metrics_too_refusals_count():
     assert task.server.refused <= 0.05 * task.answered
 
 
+# Many tasks that begin at once
+
+
+def _all_of(tasks: int, each: int, make: Callable[[], Server], *, first: int) -> tuple[float, int]:
+    """Have tasks that begin within seconds ask all that they have; how long that takes, and how many time out."""
+    server = make()
+    there = [Task(server, first=first, total=each, timeout=300.0) for _ in range(tasks)]
+
+    async def use() -> tuple[float, int]:
+        await asyncio.gather(*(task.done.wait() for task in there))
+        return asyncio.get_running_loop().time(), sum(task.timeouts for task in there)
+
+    return run(server, there, use)
+
+
+def test_many_tasks_that_begin_on_a_slow_server_together_ask_nothing_twice():
+    def slow() -> Server:
+        return Server(8, lambda draw, running: 8 * draw.uniform(0.5, 1.5))
+
+    _, timeouts = _all_of(16, 32, slow, first=first_size(16))
+    assert timeouts == 0
+    assert _all_of(16, 32, slow, first=FIRST_SIZE)[1] > 100
+
+
+@pytest.mark.parametrize(("slots", "seconds", "each"), [(256, 4.0, 300), (1024, 4.0, 300), (64, 0.5, 300)])
+def test_on_a_fast_server_many_tasks_that_know_of_each_other_lose_next_to_nothing(slots, seconds, each):
+    def fast() -> Server:
+        return Server(slots, lambda draw, running: seconds * draw.uniform(0.5, 1.5))
+
+    took, usual = (_all_of(16, each, fast, first=first)[0] for first in (first_size(16), FIRST_SIZE))
+    assert took <= usual + 2.0
+
+
+def test_the_first_window_is_smaller_the_more_tasks_there_are():
+    assert [first_size(tasks) for tasks in (0, 1, 4, 5, 8, 16, 32, 1000)] == [32, 32, 32, 25, 16, 8, 4, 4]
+    assert Pressure(MOST, first=8).size == 8
+
+
+# Requests that wait for something else than room
+
+
+def test_requests_whose_grammars_are_still_compiled_are_no_sign_that_there_is_no_room():
+    pressure = Pressure(MOST)
+    for _ in range(FIRST_SIZE):
+        pressure.send(0.0)
+    for _ in range(5):
+        pressure.look(Metrics(0, FIRST_SIZE, 0.0, 0, deferred=FIRST_SIZE))
+    # Nor one that there is more.
+    assert (pressure.size, pressure.is_limited) == (FIRST_SIZE, False)
+    pressure.look(Metrics(20, FIRST_SIZE - 20, 0.1, 0, deferred=FIRST_SIZE - 20))
+    assert pressure.size > FIRST_SIZE
+    assert "0.0 requests waiting" in str(pressure.sentence())
+
+
 # What is said of it
+
+
+def _full(pressure: Pressure) -> list[Sent]:
+    return [pressure.send(0.0) for _ in range(pressure.size)]
 
 
 def test_what_kept_the_window_small_is_said():
     pressure = Pressure(MOST)
     assert (pressure.size, pressure.is_limited, pressure.sentence()) == (FIRST_SIZE, False, None)
-    sent = [pressure.send(0.0) for _ in range(FIRST_SIZE)]
+    sent = _full(pressure)
     for waiting in (6, 9):
-        pressure.look(Metrics(26, waiting, 0.9, 0))
+        pressure.look(Metrics(26, waiting, 0.5, 0))
     assert pressure.is_limited
-    assert pressure.sentence() == "vLLM had 7.5 requests waiting on average, and 90% of its cache in use."
+    said = str(pressure.sentence())
+    assert said.startswith(
+        "vLLM had 7.5 requests waiting on average, and 50% of its cache in use. A faster GPU"
+    )
     pressure.end(sent[0], 1.0, "refused")
     assert "1 of 32 requests were turned away" in str(pressure.sentence())
+
+
+def test_a_full_cache_is_said_with_what_makes_room_in_it():
+    pressure = Pressure(MOST)
+    _full(pressure)
+    pressure.look(Metrics(26, 6, 0.97, 0))
+    assert "97% of its cache in use. Smaller media (max_pixels)" in str(pressure.sentence())
+
+
+def test_where_requests_are_turned_away_a_faster_engine_is_not_what_helps():
+    pressure = Pressure(64)
+    for each in _full(pressure):
+        pressure.end(each, 1.0, "refused")
+    said = str(pressure.sentence())
+    assert said.startswith(
+        "32 of 32 requests were turned away or not answered in time. Higher limits of the endpoint"
+    )
+    assert "GPU" not in said
+    assert "max_concurrency" not in said
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["vLLM", "silent"])
+def test_a_window_at_its_maximum_with_nothing_waiting_asks_for_a_larger_one(looks):
+    pressure = Pressure(FIRST_SIZE)
+    _full(pressure)
+    for _ in range(20 if looks else 0):
+        pressure.look(Metrics(FIRST_SIZE, 0, 0.3, 0))
+    said = str(pressure.sentence())
+    assert "No more than 32 requests were allowed at once. A larger concurrency (max_concurrency)" in said
+    assert "GPU" not in said
+
+
+def test_a_window_at_its_maximum_with_requests_waiting_does_not():
+    pressure = Pressure(FIRST_SIZE)
+    _full(pressure)
+    pressure.look(Metrics(28, 4, 0.3, 0))
+    assert "max_concurrency" not in str(pressure.sentence())
+
+
+def test_that_more_requests_at_once_brought_nothing_is_said_of_a_silent_endpoint():
+    _, _, task = alone(lambda: Server(16, always(1.0)), settle=900, seconds=100, looks=False)
+    assert "More requests at once brought no more answers. A faster endpoint" in str(task.pressure.sentence())
 
 
 def test_a_small_maximum_is_the_window():
