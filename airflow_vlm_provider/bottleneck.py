@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 SAMPLE_SECONDS = 0.1
+# Of fewer looks than these, a second's, nothing can be said.
+FEWEST_LOOKS = 10
 Stage = Literal["source", "preparation", "engine"]
 
 
@@ -21,11 +23,18 @@ class Bottleneck:
     """Counts what a run waited for. For one thread.
 
     :param window: How many requests the engine takes at the moment.
-    :param pressure: Why it does not take more, in a sentence; None if that is not known.
+    :param in_flight: How many of those that it was given are under way: the others wait in it.
+    :param pressure: Why there are no more of them, and what to do about it, in a sentence; None if that is not known.
     """
 
-    def __init__(self, window: Callable[[], int], pressure: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        window: Callable[[], int],
+        in_flight: Callable[[], int] = lambda: 0,
+        pressure: Callable[[], str | None] = lambda: None,
+    ) -> None:
         self._window = window
+        self._under_way = in_flight
         self._pressure = pressure
         self._preparing = 0
         self._asking = 0
@@ -51,6 +60,11 @@ class Bottleneck:
         finally:
             self._asking -= 1
 
+    @property
+    def with_engine(self) -> int:
+        """How many requests the engine was given and has not answered, those that wait in it included."""
+        return self._asking
+
     async def watch(self) -> None:
         """Look again and again, until cancelled."""
         while True:
@@ -60,7 +74,7 @@ class Bottleneck:
     def look(self) -> None:
         """Take one look."""
         window = self._window()
-        self._in_flight += min(self._asking, window)
+        self._in_flight += self._under_way()
         self._room += window
         if self._asking >= window:
             self._bound["engine"] += 1
@@ -73,17 +87,17 @@ class Bottleneck:
         return {stage: count / looks for stage, count in self._bound.most_common()}
 
     def sentence(self) -> str | None:
-        """The same in a sentence; None before the first look."""
-        shares = self.shares()
-        if not shares:
+        """The same in a few sentences; None when the run was too short to tell."""
+        looks = self._bound.total()
+        if looks < FEWEST_LOOKS:
             return None
+        shares = self.shares()
         said = ", ".join(f"{stage} {share:.0%}" for stage, share in shares.items())
         stage = next(iter(shares))
-        why = (self._pressure() if stage == "engine" else None) or ""
-        looks = self._bound.total()
+        why = (self._pressure() if stage == "engine" else None) or _HINTS[stage]
         return (
-            f"What bound the run: {said} of the time. On average {self._in_flight / looks:.1f} requests were with the "
-            f"engine, which took {self._room / looks:.1f}. {why}{' ' if why else ''}{_HINTS[stage]}"
+            f"What bound the run: {said} of the time. On average {self._in_flight / looks:.1f} requests were in flight, "
+            f"and the window held {self._room / looks:.1f}. {why}"
         )
 
 

@@ -10,9 +10,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from airflow_vlm_provider.ahead import Ahead
 from airflow_vlm_provider.answering import Answering
-from airflow_vlm_provider.bottleneck import SAMPLE_SECONDS, Bottleneck
-from airflow_vlm_provider.engines.window import Window as Requests
+from airflow_vlm_provider.bottleneck import Bottleneck
 from airflow_vlm_provider.errors import ANSWERED_KINDS, LASTING_KINDS, ConfigError, ShardError
 from airflow_vlm_provider.job import Job
 from airflow_vlm_provider.ledger.answers import READS, Answers
@@ -134,7 +134,7 @@ class ShardRunner:
         self._before: dict[str, Manifest] = {}
         self._stopped = False
         self.progress = Progress(shards=0, total_bytes=0)
-        self.bottleneck = Bottleneck(lambda: engine.window, lambda: engine.pressure)
+        self.bottleneck = Bottleneck(lambda: engine.window, lambda: engine.in_flight, lambda: engine.pressure)
 
     def committed(self, shard: ObjectInfo) -> Manifest | None:
         """The shard's manifest, if nothing is left to do for it. Blocks on the store.
@@ -247,14 +247,17 @@ class ShardRunner:
             step=self.step.name,
             in_thread=partial(_in_thread, readers),
         )
-        job = self._job(answers, threads, writers)
+        ahead = Ahead(
+            window=lambda: self.engine.window,
+            with_engine=lambda: self.bottleneck.with_engine,
+            most=self._ahead,
+        )
+        job = self._job(answers, threads, writers, ahead)
         watching: list[asyncio.Task[None]] = []
         try:
             await _in_thread(writers, lambda: self._check_output_names([shard.name for shard in shards]))
             await answers.open()
-            watching = [
-                asyncio.create_task(each) for each in (self.bottleneck.watch(), self._follow(job.loaded))
-            ]
+            watching = [asyncio.create_task(each) for each in (self.bottleneck.watch(), ahead.watch())]
             return await self._run_all(job, shards)
         finally:
             for task in watching:
@@ -277,7 +280,7 @@ class ShardRunner:
             if done is not None and done.output.get("uri") == mine:
                 raise one_output(others[rival], rival, self.output)
 
-    def _job(self, answers: Answers, threads: Executor, writers: Executor) -> Job:
+    def _job(self, answers: Answers, threads: Executor, writers: Executor, ahead: Ahead) -> Job:
         return Job(
             step=self.step,
             source=self.source,
@@ -308,18 +311,8 @@ class ShardRunner:
             threads=threads,
             writers=writers,
             active=asyncio.Semaphore(self._ahead),
-            loaded=Requests(self._ready()),
+            loaded=ahead.places,
         )
-
-    def _ready(self) -> int:
-        """How many requests may have their media in memory: what the engine takes now may double in a moment."""
-        return min(self._ahead, 2 * self.engine.window + 8)
-
-    async def _follow(self, loaded: Requests) -> None:
-        """Load no more than the engine takes, until cancelled."""
-        while True:
-            await asyncio.sleep(SAMPLE_SECONDS)
-            loaded.resize(self._ready())
 
     async def _run_all(self, job: Job, shards: Sequence[ObjectInfo]) -> list[Manifest]:
         reading, opened = asyncio.Semaphore(1), asyncio.Semaphore(OPEN_SHARDS)

@@ -281,15 +281,18 @@ class ShardOperator(PlacedOperator):
                     len(rest),
                     runner.engine.concurrency,
                 )
-                async with runner.engine:
-                    reporter = asyncio.create_task(self._report(runner, context))
-                    try:
-                        fresh = await runner.run_all(rest)
-                    finally:
-                        reporter.cancel()
-                await self._show(runner, context)
-                if bound := runner.bottleneck.sentence():
-                    self.log.info("%s", bound)
+                try:
+                    async with runner.engine:
+                        reporter = asyncio.create_task(self._report(runner, context))
+                        try:
+                            fresh = await runner.run_all(rest)
+                        finally:
+                            reporter.cancel()
+                    await self._show(runner, context)
+                finally:
+                    # Also of a run in which some shards could not be done.
+                    if bound := runner.bottleneck.sentence():
+                        self.log.info("%s", bound)
         finally:
             self._cancel = None
         return runner, [manifest for manifest in done if manifest is not None], fresh

@@ -11,6 +11,7 @@ import pytest
 from airflow_vlm_provider.engines.openai import OpenAIEngine
 from airflow_vlm_provider.engines.pressure import FIRST_SIZE
 from tests.support.openai_engines import engine_for, request_about, run_engine
+from tests.support.place import Place
 from tests.support.stub_endpoint import StubServer, start_stub
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
@@ -116,6 +117,26 @@ def test_only_beside_v1_there_may_be_metrics(path):
 
         run_engine(engine_for(stub, base_url=f"{stub.root}/{path}"), use)
         assert stub.stats()["looks"] == 0
+
+
+def test_with_rates_that_bind_few_requests_are_in_flight_and_larger_rates_are_what_helps(tmp_path):
+    place = Place(tmp_path)
+    shard = place.shard("a.jsonl", [{"text": f"{number}"} for number in range(120)])
+    with start_stub(latency=0.1) as stub:
+        engine = engine_for(stub, requests_per_minute=1200, concurrency=32)
+        runner: Any = place.runner(engine)  # type: ignore[arg-type]
+
+        async def run() -> None:
+            async with engine:
+                await runner.run_all([shard])
+
+        asyncio.run(run())
+    said = runner.bottleneck.sentence()
+    assert said.startswith("What bound the run: engine ")
+    assert float(said.partition("On average ")[2].split()[0]) < 8
+    assert "of 120 requests were held back by the connection's rates per minute. Larger ones" in said
+    assert "A faster engine" not in said
+    assert engine.in_flight == 0
 
 
 def test_refusals_make_the_window_small_and_are_told_of():

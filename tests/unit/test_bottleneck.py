@@ -6,31 +6,43 @@ import asyncio
 
 import pytest
 
-from airflow_vlm_provider.bottleneck import Bottleneck
+from airflow_vlm_provider.bottleneck import FEWEST_LOOKS, Bottleneck
 from tests.support.fakes import ScriptedEngine
 from tests.support.place import Place
 
 
 def test_the_engine_binds_when_it_has_as_many_as_it_takes_else_what_is_prepared_else_the_source():
-    gauge = Bottleneck(lambda: 2)
-    assert gauge.sentence() is None
-    gauge.look()
-    with gauge.preparing():
+    # Of three that the engine has, two are under way.
+    gauge = Bottleneck(lambda: 2, lambda: min(2, gauge.with_engine))
+    for _ in range(2):
         gauge.look()
-        with gauge.asking():
+        with gauge.preparing():
             gauge.look()
             with gauge.asking():
                 gauge.look()
-    with gauge.asking(), gauge.asking(), gauge.asking():
-        gauge.look()
+                with gauge.asking():
+                    gauge.look()
+        with gauge.asking(), gauge.asking(), gauge.asking():
+            assert gauge.with_engine == 3
+            gauge.look()
     with pytest.raises(ValueError), gauge.preparing(), gauge.asking():
         raise ValueError
+    assert gauge.with_engine == 0
     assert gauge.shares() == {"source": 0.2, "preparation": 0.4, "engine": 0.4}
     sentence = gauge.sentence()
     assert sentence is not None
     assert "preparation 40%, engine 40%, source 20% of the time" in sentence
-    # Two of five looks at a full window of two, one at one request.
-    assert "1.0 requests were with the engine, which took 2.0" in sentence
+    # At two of five looks two, at one of them one.
+    assert "1.0 requests were in flight, and the window held 2.0. A closer storage" in sentence
+
+
+def test_of_a_run_that_was_too_short_to_tell_nothing_is_said():
+    gauge = Bottleneck(lambda: 2)
+    for _ in range(FEWEST_LOOKS - 1):
+        gauge.look()
+        assert gauge.sentence() is None
+    gauge.look()
+    assert "source 100%" in str(gauge.sentence())
 
 
 def test_a_run_with_a_slow_engine_is_bound_by_it(tmp_path):
@@ -49,14 +61,20 @@ def test_a_run_with_a_slow_engine_is_bound_by_it(tmp_path):
 
 
 def test_why_the_engine_took_no_more_is_said_when_it_was_the_engine():
-    said = "vLLM had 3.1 requests waiting on average, and 97% of its cache in use."
-    gauge = Bottleneck(lambda: 1, lambda: said)
-    gauge.look()
-    assert said not in str(gauge.sentence())
+    said: list[str | None] = ["vLLM had 3.1 requests waiting on average. A faster GPU would help."]
+    gauge = Bottleneck(lambda: 1, lambda: gauge.with_engine, lambda: said[0])
+    for _ in range(10):
+        gauge.look()
+    assert str(gauge.sentence()).endswith("a faster source and destination, would make this faster.")
     with gauge.asking():
-        gauge.look()
-        gauge.look()
-    assert f"which took 1.0. {said} A faster engine" in str(gauge.sentence())
+        for _ in range(30):
+            gauge.look()
+    # What helps is said once, and by whom it is known.
+    assert str(gauge.sentence()).endswith(f"the window held 1.0. {said[0]}")
+    said[0] = None
+    assert str(gauge.sentence()).endswith(
+        "the window held 1.0. A faster engine, or fewer pixels and tokens for it, would make this faster."
+    )
 
 
 def test_an_engine_that_takes_fewer_at_the_moment_binds_with_fewer():

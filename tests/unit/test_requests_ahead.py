@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
-from airflow_vlm_provider.types import Answer, Request
-from tests.support.fakes import ScriptedEngine
+from airflow_vlm_provider.types import Answer, MediaRef, Request, SourceMedia
+from tests.support.fakes import FakeMedia, ScriptedEngine
 from tests.support.place import Place
+
+
+class PatientMedia(FakeMedia):
+    """Media that come as soon as so many are fetched at once."""
+
+    remote = True
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__()
+        self.at_once = threading.Barrier(at_once)
+
+    def fetch(self, ref: MediaRef, **about: Any) -> SourceMedia:
+        self.at_once.wait(timeout=30)
+        return super().fetch(ref, **about)
 
 
 class NarrowEngine(ScriptedEngine):
@@ -56,3 +71,11 @@ def test_no_more_are_made_ready_than_the_engine_may_soon_take(tmp_path):
 
 def test_when_it_takes_more_more_are_made_ready(tmp_path):
     assert _most_ready(tmp_path, until=40)[False] == 40 + 20
+
+
+def test_media_that_come_slowly_are_fetched_more_at_once(tmp_path):
+    place = Place(tmp_path)
+    place.media = PatientMedia(at_once=2 * 2 + 8 + 4)
+    shard = place.shard("a.jsonl", [{"images": [f"{number}.png"]} for number in range(64)])
+    (manifest,) = place.run(NarrowEngine(until=64, concurrency=40), shard)
+    assert (manifest.counts.ok, manifest.counts.failed) == (64, 0)

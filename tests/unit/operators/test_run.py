@@ -17,7 +17,7 @@ from airflow.sdk.execution_time.timeout import timeout
 from PIL import Image
 
 from airflow_vlm_provider import runner
-from airflow_vlm_provider.errors import ConfigError, EngineError
+from airflow_vlm_provider.errors import ConfigError, EngineError, ShardError
 from airflow_vlm_provider.operators import base, runners
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
 from airflow_vlm_provider.progress import Progress
@@ -270,3 +270,12 @@ def test_told_to_stop_while_shards_are_looked_up_it_does_not_wait_for_the_storag
         go_on.set()
         stopping.join()
     assert (len(looked_up), engine.asked) == (1, [])
+
+
+def test_what_bound_a_run_is_said_when_some_shards_could_not_be_done_too(make, place, capsys):
+    (place / "in" / "c.jsonl.gz").write_bytes(b"no gzip")
+    engine = ScriptedEngine(lambda about: TAGS, delay=lambda about: 0.05, concurrency=16)
+    with pytest.raises(ShardError, match="1 of 3 shards"):
+        make(engine).execute(context())
+    assert len(engine.asked) == 800
+    assert "What bound the run: engine" in capsys.readouterr().out
