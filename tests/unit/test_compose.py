@@ -8,13 +8,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from airflow.cli import cli_parser
 from airflow.configuration import conf
 from airflow.models import Connection
@@ -111,21 +114,42 @@ def known_settings() -> dict[str, dict[str, Any]]:
     return {section: each["options"] for section, each in conf.configuration_description.items()}
 
 
-def test_it_is_what_compose_takes():
+def assert_compose_takes(path: Path) -> None:
+    schema = ["--builtin-schema", "vendor.compose-spec"]
     check = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "check_jsonschema",
-            "--builtin-schema",
-            "vendor.compose-spec",
-            str(COMPOSE_FILE),
-        ],
+        [sys.executable, "-m", "check_jsonschema", *schema, str(path)],
         capture_output=True,
         text=True,
         check=False,
     )
     assert check.returncode == 0, check.stdout + check.stderr
+
+
+def test_it_is_what_compose_takes():
+    assert_compose_takes(COMPOSE_FILE)
+
+
+def test_a_second_service_with_a_gpu_gets_another_one_as_the_page_says(tmp_path):
+    page = (REPOSITORY / "docs" / "docker.md").read_text()
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    text, service = COMPOSE_FILE.read_text(), "  vllm:\n    <<: *gpu\n"
+    assert service in text
+    changed = text.replace(service, block)
+    (tmp_path / "docker-compose.yaml").write_text(changed)
+
+    assert_compose_takes(tmp_path / "docker-compose.yaml")
+
+    reserved = {
+        name: each["deploy"]["resources"]["reservations"]["devices"]
+        for name, each in yaml.safe_load(changed)["services"].items()
+        if name in GPU_SERVICES
+    }
+    assert [each.get("device_ids") for each in reserved["vllm"]] == [["1"]]
+    # Docker takes one of the two, not both.
+    assert [sorted({"count", "device_ids"} & set(each)) for (each,) in reserved.values()] == [
+        ["count"],
+        ["device_ids"],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ variables and secrets

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import re
+import shlex
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from tests.support.compose import REPOSITORY, compose_file
 from tests.unit.test_dockerfile import folders
 
 PAGE = (REPOSITORY / "docs" / "kubernetes.md").read_text()
-BLOCKS = re.findall(r"^```(yaml|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```(yaml|python|)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 PARSED = [each for kind, text in BLOCKS if kind == "yaml" for each in yaml.safe_load_all(text)]
 MANIFESTS = {(each["kind"], each["metadata"]["name"]): each for each in PARSED if "kind" in each}
 VALUES = [each for each in PARSED if "kind" not in each]
@@ -42,7 +43,7 @@ def test_there_is_something_on_it():
         "StatefulSet",
     }
     assert {each["executor"] for each in VALUES} == {"KubernetesExecutor", "CeleryExecutor"}
-    assert len(BLOCKS) == PAGE.count("```") // 2, "a block is neither YAML nor Python"
+    assert len(BLOCKS) == PAGE.count("```") // 2, "a block is neither YAML nor Python nor a command"
 
 
 def test_python_imports_what_is_there_and_can_be_run():
@@ -129,6 +130,33 @@ def test_every_secret_that_is_read_is_made_or_told_to_the_chart():
     )
     assert read <= made
     assert read
+
+
+def test_vllm_has_the_hubs_token_wherever_it_runs():
+    for name in PODS:
+        read = [MANIFESTS.get(("Secret", each["secretRef"]["name"])) for each in container(name)["envFrom"]]
+        assert any("HF_TOKEN" in secret["stringData"] for secret in read if secret), name
+
+
+def test_the_pool_has_a_slot_for_each_place_of_the_workers():
+    (command,) = (shlex.split(text) for kind, text in BLOCKS if not kind)
+    assert command[0] == "kubectl"
+    words = command[command.index("--") + 1 :]
+    made = cli_parser.get_parser().parse_args(words[1:])
+    worker = WORKLOADS["airflow-gpu-worker"]["spec"]
+    (places,) = (
+        int(each.partition("=")[2])
+        for each in container("airflow-gpu-worker")["args"]
+        if each.startswith("--concurrency")
+    )
+    assert (words[0], made.subcommand) == ("airflow", "set")
+    assert int(made.slots) == places * worker["replicas"]
+    # Where DAGs are parsed, which is where it is read.
+    (values,) = (each for each in VALUES if each["executor"] == "CeleryExecutor")
+    told = {each["name"]: each["value"] for each in values["env"]}
+    assert told["AIRFLOW__VLM__GPU_POOL"] == made.pool
+    own = {each["name"]: each.get("value") for each in container("airflow-gpu-worker")["env"]}
+    assert told.items() <= own.items()
 
 
 def test_airflow_knows_the_workers_settings_and_its_command():
