@@ -50,17 +50,23 @@ def stop_engine(args: Namespace) -> None:
             f"Tasks use {', '.join(busy)}, or DAG runs keep it for theirs. Let them end, or stop it all the same with "
             "--force: tasks that need it will have it started again."
         )
-    for server in running:
-        with server.gate():
-            # Without --force, a task that has come meanwhile keeps it.
-            server.signal_keeper(signal.SIGTERM if args.force else signal.SIGUSR1)
+    number = signal.SIGTERM if args.force else signal.SIGUSR1
+    # By server, the name of the keeper that was told. A task may have another one started before this process looks.
+    told: dict[str, str] = {}
+    left, used = running, []
     deadline = time.monotonic() + STOP_TIMEOUT
-    for server in running:
-        while _is_kept(server):
-            if time.monotonic() > deadline:
-                raise SystemExit(f"{server.key} has not ended after {STOP_TIMEOUT:g} s; see {server.path}.")
+    while left:
+        ways = {each.key: _ending(each, number, told) for each in left}
+        for key in (key for key, way in ways.items() if way == "stopped"):
+            print(f"{key} stopped")
+        used += [key for key, way in ways.items() if way == "used"]
+        left = [each for each in left if ways[each.key] == "waited for"]
+        if left and time.monotonic() > deadline:
+            raise SystemExit(f"{left[0].key} has not ended after {STOP_TIMEOUT:g} s; see {left[0].path}.")
+        if left:
             time.sleep(0.1)
-        print(f"{server.key} stopped")
+    if used:
+        raise SystemExit(f"Tasks or DAG runs have come to {', '.join(used)} meanwhile, so it goes on.")
     if not running:
         print("There was none to stop.")
 
@@ -105,6 +111,28 @@ def _chosen(keys: list[str]) -> list[ServerFolder]:
 def _is_in_use(server: ServerFolder) -> bool:
     with server.gate():
         return bool(server.leases() or server.pins())
+
+
+def _ending(server: ServerFolder, number: signal.Signals, told: dict[str, str]) -> str:
+    """How far a server is that is to be stopped: ``stopped``, ``waited for``, or ``used``, which is why it goes on.
+
+    :param number: What its keeper is told, unless it has been. At SIGUSR1, a task that has come meanwhile keeps it.
+    :param told: By server, the keeper that was; one that does not run yet can't be.
+    """
+    with server.gate():
+        state = server.read_state()
+        if not server.has_keeper():
+            return "stopped"
+        if server.key not in told:
+            if state is not None and server.signal_keeper(number):
+                told[server.key] = state.keeper
+            return "waited for"
+        if state is not None and state.keeper != told[server.key]:
+            return "stopped"
+        if state is None or state.phase in ("stopping", "stopped", "failed"):
+            return "waited for"
+        used = number == signal.SIGUSR1 and (server.leases() or server.pins())
+    return "used" if used else "waited for"
 
 
 def _is_kept(server: ServerFolder) -> bool:
@@ -158,12 +186,22 @@ def _following(server: ServerFolder) -> Iterator[str]:
     """What is added to a log, until the server has no keeper any more."""
     place, kept = os.SEEK_END, True
     while kept:
-        with server.log.open(errors="replace") as file:
+        try:
+            file = server.log.open(errors="replace")
+        except FileNotFoundError:
+            # It waits for its GPU; what it prints later is new.
+            place, kept = os.SEEK_SET, _is_kept(server)
+            time.sleep(0.5)
+            continue
+        with file:
             file.seek(0, place)
-            # At a certain size it begins anew.
-            while kept and is_file_of(file.fileno(), server.log):
+            while True:
                 kept = _is_kept(server)
+                # At a certain size it begins anew.
+                last = not (kept and is_file_of(file.fileno(), server.log))
                 while line := file.readline():
                     yield line
+                if last:
+                    break
                 time.sleep(0.5)
         place = os.SEEK_SET

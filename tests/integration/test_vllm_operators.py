@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from airflow.cli.cli_parser import get_parser
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from airflow_vlm_provider.cli import engine as cli_engine
 from airflow_vlm_provider.operators.engine_servers import StartEngineOperator, StopEngineOperator
 from airflow_vlm_provider.operators.engines import engine_config
 from tests.support.fake_vllm import FakeVLLM
@@ -142,6 +144,73 @@ def test_a_server_that_is_merely_warm_is_stopped_and_one_that_is_kept_for_a_run_
     with pytest.raises(SystemExit, match=f"{kept}, or DAG runs keep it"):
         airflow(capsys, "stop")
     assert airflow(capsys, "stop", "--force") == f"{kept} stopped\n"
+
+
+def test_to_stop_by_force_has_worked_though_tasks_have_it_started_again(worker, capsys):
+    leases = [start()._engine(context()).make_lease() for _ in range(6)]
+    attached = leases[0].attach()
+    end = threading.Event()
+
+    def go_on(lease):
+        found = lease.attach(stopped=end.is_set)
+        while found is not None and not end.wait(0.02):
+            if not lease.is_current(found):
+                found = lease.attach(stopped=end.is_set)
+        lease.release()
+
+    threads = [threading.Thread(target=go_on, args=(lease,), daemon=True) for lease in leases]
+    for thread in threads:
+        thread.start()
+    try:
+        eventually(lambda: len(servers(capsys)[0]["tasks"]) == 6)
+        key = leases[0].server.key
+        assert airflow(capsys, "stop", "--force") == f"{key} stopped\n"
+        assert not leases[0].is_current(attached)
+        again = eventually(lambda: (state := leases[0].server.read_state()).phase == "ready" and state)
+        assert again.keeper != attached.keeper
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join(20)
+
+
+def test_that_a_task_has_come_meanwhile_is_told_and_not_waited_out(worker, capsys, monkeypatch):
+    lease, late = (start()._engine(context()).make_lease() for _ in range(2))
+    attached = lease.attach()
+    lease.release()
+
+    def nobody_yet(_):
+        late.attach()
+        return False
+
+    monkeypatch.setattr(cli_engine, "_is_in_use", nobody_yet)
+    with pytest.raises(SystemExit, match=f"Tasks or DAG runs have come to {lease.server.key} meanwhile"):
+        airflow(capsys, "stop")
+    assert late.is_current(attached)
+    late.release()
+
+
+def test_the_log_of_a_server_that_waits_for_its_gpu_is_followed_once_it_is_there(worker, capsys):
+    first, second = worker.lease(worker.spec("first")), worker.lease(worker.spec("second"))
+    first.attach()
+    found = worker.attach(second)
+    worker.wait_for(worker.spec("second"), "waiting")
+    assert not second.server.log.exists()
+    printed = []
+
+    def follow():
+        printed.append(airflow(capsys, "logs", "-f", second.server.key))
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    time.sleep(0.8)
+    first.release()
+    assert found.result(40) is not None
+    second.release()
+    with second.server.gate():
+        second.server.signal_keeper(signal.SIGTERM)
+    thread.join(20)
+    assert "Application startup complete" in printed[0]
 
 
 def test_a_log_is_followed_over_its_new_beginning_until_the_server_ends(worker, capsys):
