@@ -56,7 +56,9 @@ def run(slots: int, seconds: float, *, media_seconds: float) -> Seen:
                 pressure.look(server.metrics())
                 window.resize(pressure.size)
 
-        tasks = [asyncio.create_task(each) for each in (look(), ahead.watch(), *(one() for _ in range(MOST)))]
+        tasks = [
+            asyncio.create_task(each) for each in (look(), ahead.watch(), *(one() for _ in range(2 * MOST)))
+        ]
         await asyncio.sleep(SETTLE)
         before, held = server.answered, 0
         for _ in range(10 * SECONDS):
