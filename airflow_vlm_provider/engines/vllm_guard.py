@@ -29,9 +29,9 @@ class Guard:
         self._pipe = -1
         self._start()
 
-    def watch(self, leader: int, output: str) -> None:
-        """Tell it of a server that has been started: its process, and the pipe that it prints to."""
-        self._tell(f"{leader} {output}")
+    def watch(self, output: str, *, leader: int | None = None) -> None:
+        """Tell it of a server: before it is started of the pipe that it will print to, then of its process, too."""
+        self._tell(f"{leader or ''} {output}")
 
     def forget(self) -> None:
         """Tell it that the server has ended with all of its processes."""
@@ -75,4 +75,4 @@ class Guard:
             self._last_words()
         if told and told[-1] != _NONE:
             leader, output = told[-1].split(" ", 1)
-            kill_all(lambda: members(session=int(leader), output=output))
+            kill_all(lambda: members(session=int(leader) if leader else None, output=output))

@@ -46,6 +46,7 @@ from airflow_vlm_provider.engines.vllm_state import Phase, ServerState
 log = logging.getLogger("vlm.keeper")
 
 TICK = 0.25
+# In so many seconds of being ready: with the time that it takes to load, a large model could be loaded for ever.
 RESTARTS, RESTARTS_WITHIN = 5, 600.0
 # Long before anybody deletes old files in folders for temporary ones.
 TOUCH_SECONDS = 3600.0
@@ -94,10 +95,24 @@ class Keeper:
         # By GPU, the descriptor that holds its lock.
         self._gpus: dict[str, int] = {}
         self._touched = time.monotonic()
+        # How long the server has been ready, all its runs together; and how long it had been at each restart.
+        self._ready_seconds = 0.0
         self._restarts: deque[float] = deque()
 
     def run(self) -> None:
         """Keep the server until nobody needs it, or it can't be kept."""
+        try:
+            self._keep()
+        except Exception as error:
+            # Of processes, threads or ports there may be enough when a task tries again, but not at once.
+            log.exception("The keeper failed")
+            said = f"The server's keeper failed ({type(error).__name__}: {error}); see {self._server.path / 'keeper.log'}."
+            self._enter("failed", error=said, lasting=False)
+        finally:
+            phase: Phase = "failed" if self._state.phase == "failed" else "stopped"
+            self._enter(phase, url=None, api_key=None, server_pid=None, server_output=None)
+
+    def _keep(self) -> None:
         self._end_left(self._server)
         self._enter("waiting")
         try:
@@ -108,8 +123,6 @@ class Keeper:
         finally:
             if self._process is not None:
                 self._process.end(gently=False)
-            phase: Phase = "failed" if self._state.phase == "failed" else "stopped"
-            self._enter(phase, url=None, api_key=None, server_pid=None, server_output=None)
 
     def stop(self) -> None:
         """Stop as soon as may be; for signal handlers."""
@@ -205,9 +218,8 @@ class Keeper:
     def _may_start_again(self, starts: int) -> bool:
         if self._state.ready_at is None:
             return starts < FIRST_STARTS
-        now = time.monotonic()
-        self._restarts.append(now)
-        while now - self._restarts[0] > RESTARTS_WITHIN:
+        self._restarts.append(self._ready_seconds)
+        while self._ready_seconds - self._restarts[0] > RESTARTS_WITHIN:
             self._restarts.popleft()
         return len(self._restarts) <= RESTARTS
 
@@ -224,12 +236,15 @@ class Keeper:
         assert self._guard is not None
         log.info("Starting %s", " ".join(self._spec.argv(port=port)))
         try:
-            process = ServerProcess(self._spec, port=port, api_key=api_key, log=self._server.log)
+            process = ServerProcess(
+                self._spec, port=port, api_key=api_key, log=self._server.log, tell=self._guard.watch
+            )
         except OSError as error:
+            self._guard.forget()
             lines = [f"{self._spec.command[0]}: {error.strerror}"]
             return _End("vLLM could not be started", lines, is_lasting(lines))
         self._process = process
-        self._guard.watch(process.pid, process.output)
+        self._guard.watch(process.output, leader=process.pid)
         self._enter(
             "starting" if self._state.ready_at is None else "restarting",
             server_pid=process.pid,
@@ -263,8 +278,8 @@ class Keeper:
     def _watch(self, process: ServerProcess, health: Health) -> str | None:
         """Watch the server until it is of no more use; returns what is wrong with it, None when it is over."""
         settings = self._settings
-        begun = healthy = time.monotonic()
-        looked, ready = 0.0, False
+        begun = healthy = ready_since = time.monotonic()
+        looked, ready, ready_before = 0.0, False, self._ready_seconds
         while not self._is_over():
             if (status := process.status()) is not None:
                 return said_of_exit(status, ready=ready)
@@ -275,9 +290,10 @@ class Keeper:
             if health.look(timeout=min(5.0, settings.health_timeout), used=self._demand.used):
                 healthy = time.monotonic()
                 if not ready:
-                    ready = True
+                    ready, ready_since = True, healthy
                     log.info("Ready after %.1f s", healthy - begun)
                     self._enter("ready", ready_at=time.time())
+                self._ready_seconds = ready_before + healthy - ready_since
                 if stalled := health.stalled():
                     return f"vLLM answers, but has computed nothing for {stalled:.0f} s though it should have"
             elif ready and now - healthy > settings.health_timeout:
@@ -352,11 +368,7 @@ def main() -> int:
         signal.signal(number, lambda *_: keeper.stop())
     signal.signal(signal.SIGUSR1, lambda *_: keeper.dismiss())
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    try:
-        keeper.run()
-    except Exception:
-        log.exception("The keeper failed")
-        raise
+    keeper.run()
     folder.tidy()
     return 0
 

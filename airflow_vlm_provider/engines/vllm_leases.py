@@ -51,7 +51,7 @@ class Attached:
     url: str
     api_key: str = field(repr=False)
     loads: int
-    tasks: int
+    tasks: int = field(compare=False)
 
 
 class Lease:

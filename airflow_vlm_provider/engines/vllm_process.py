@@ -15,8 +15,8 @@ import socket
 import subprocess
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 from airflow_vlm_provider.engines.process_table import kill_all, members, pipe_name
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
@@ -37,26 +37,39 @@ class ServerProcess:
     :param port: Where it listens on 127.0.0.1.
     :param api_key: What requests are authorized by. Should the server ever print it, the log does not show it.
     :param log: Takes what it prints; at :data:`LOG_BYTES` it begins anew, and the old one is kept once.
+    :param tell: Takes the name of the pipe that it prints to, before there is a process: should this one be killed then,
+        somebody is to know what to end.
     :raises OSError: there is no such command.
     """
 
-    def __init__(self, spec: ServerSpec, *, port: int, api_key: str, log: Path) -> None:
+    def __init__(
+        self, spec: ServerSpec, *, port: int, api_key: str, log: Path, tell: Callable[[str], None]
+    ) -> None:
         self._log = log
         self._secret = api_key
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self._process = subprocess.Popen(
-            spec.argv(port=port),
-            env=spec.environment(api_key=api_key),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        assert self._process.stdout is not None
-        self.pid = self._process.pid
-        self.output = pipe_name(self._process.stdout.fileno())
-        self._pump = threading.Thread(target=self._write_log, args=(self._process.stdout,), daemon=True)
-        self._pump.start()
+        read, write = os.pipe2(os.O_CLOEXEC)
+        with contextlib.ExitStack() as failed:
+            failed.callback(os.close, read)
+            try:
+                self.output = pipe_name(read)
+                tell(self.output)
+                self._process = subprocess.Popen(
+                    spec.argv(port=port),
+                    env=spec.environment(api_key=api_key),
+                    stdin=subprocess.DEVNULL,
+                    stdout=write,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            finally:
+                os.close(write)
+            self.pid = self._process.pid
+            self._pump = threading.Thread(target=self._write_log, args=(read,), daemon=True)
+            # Without it, nobody would know of the server.
+            failed.callback(self._kill)
+            self._pump.start()
+            failed.pop_all()
 
     def status(self) -> int | None:
         """Its exit status, as :mod:`subprocess` has it; None while it runs."""
@@ -78,17 +91,20 @@ class ServerProcess:
             os.killpg(self.pid, signal.SIGCONT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_SECONDS)
+        self._kill()
+        self._pump.join(5)
+
+    def _kill(self) -> None:
         if left := kill_all(lambda: members(session=self.pid, output=self.output)):
             log.error(
                 "Even SIGKILL does not end the processes %s: the kernel waits for a device", sorted(left)
             )
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
-        self._pump.join(5)
 
-    def _write_log(self, output: IO[bytes]) -> None:
+    def _write_log(self, pipe: int) -> None:
         handler = _Log(self._log, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", delay=True)
-        with output, contextlib.suppress(OSError), contextlib.closing(handler):
+        with os.fdopen(pipe, "rb") as output, contextlib.suppress(OSError), contextlib.closing(handler):
             while raw := output.readline(LINE_BYTES):
                 # Of a progress bar, where it came to.
                 line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]

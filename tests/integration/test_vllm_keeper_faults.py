@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from airflow_vlm_provider.engines import vllm_leases, vllm_process
-from airflow_vlm_provider.engines.process_table import started_at
+from airflow_vlm_provider.engines.process_table import members, started_at
 from airflow_vlm_provider.engines.vllm_folder import EngineFolder
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec
 from airflow_vlm_provider.errors import ConfigError, EngineError
@@ -435,6 +435,77 @@ def test_keepers_that_end_without_a_word_are_not_started_for_ever(worker, monkey
         worker.lease(worker.spec()).attach()
 
 
+def test_a_keeper_that_fails_is_told_and_not_started_for_ever(worker):
+    # No process can be started with this.
+    spec = worker.spec(chat_template="a\0b")
+    with pytest.raises(
+        EngineError, match=r"keeper failed \(ValueError: embedded null byte\); see .*keeper\.log"
+    ):
+        worker.lease(spec).attach()
+    worker.wait_for_end(spec)
+    assert worker.state(spec).phase == "failed"
+    log = (worker.server(spec).path / "keeper.log").read_text()
+    assert log.count("Traceback") == 1
+
+
+def test_a_keeper_that_fails_takes_its_server_with_it(worker, monkeypatch):
+    spec = worker.spec()
+    # In the keeper's process, by a module that every Python imports when it starts.
+    (worker.path / "site").mkdir()
+    (worker.path / "site" / "sitecustomize.py").write_text(
+        "import airflow_vlm_provider.engines.vllm_health as health\n"
+        "def look(*_, **__): raise RuntimeError('no more threads')\n"
+        "health.Health.look = look\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{worker.path / 'site'}:{Path(__file__).parents[2]}")
+    with pytest.raises(EngineError, match=r"keeper failed \(RuntimeError: no more threads\)"):
+        worker.lease(spec).attach()
+    assert len(worker.fake.starts()) <= 1
+    assert worker.left() == []
+
+
+def test_a_server_whose_output_nobody_can_take_is_ended(tmp_path, monkeypatch):
+    started = []
+
+    def no_thread(_):
+        raise RuntimeError("can't start new thread")
+
+    def tell(output):
+        started.append(output)
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+
+    spec = ServerSpec(model="m", gpus=("cpu",), command=("sh", "-c", "sleep 60 & sleep 60"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        vllm_process.ServerProcess(spec, port=1, api_key="k", log=tmp_path / "log", tell=tell)
+    assert members(session=None, output=started[0]) == set()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_keeper_that_is_killed_while_it_starts_a_server_leaves_none(tmp_path):
+    program = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from airflow_vlm_provider.engines.vllm_guard import Guard
+from airflow_vlm_provider.engines.vllm_process import ServerProcess
+from airflow_vlm_provider.engines.vllm_spec import ServerSpec
+
+class Killed(subprocess.Popen):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        print(self.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+guard = Guard(lambda: None)
+subprocess.Popen = Killed
+spec = ServerSpec(model="m", gpus=("cpu",), command=("sh", "-c", "sleep 60 & sleep 60"))
+ServerProcess(spec, port=1, api_key="k", log=Path("log"), tell=guard.watch)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL
+    eventually(lambda: not members(session=int(ended.stdout), output=None))
+
+
 def test_signals_that_the_task_does_not_hear_are_heard_by_the_keeper(worker):
     blocked = {signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD}
     handler = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -467,7 +538,7 @@ def test_a_log_is_kept_small_and_a_line_without_end_does_no_harm(tmp_path, monke
     program = "print('x' * 5_000_000); [print(number, 'y' * 90) for number in range(3000)]; print('last')"
     spec = ServerSpec(model="m", gpus=("cpu",), command=(sys.executable, "-c", program))
     log = tmp_path / "server.log"
-    process = vllm_process.ServerProcess(spec, port=1, api_key="k", log=log)
+    process = vllm_process.ServerProcess(spec, port=1, api_key="k", log=log, tell=lambda _: None)
     eventually(lambda: process.status() is not None)
     process.end(gently=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["server.log", "server.log.1"]

@@ -46,16 +46,66 @@ def test_gpus_are_taken_in_one_order_so_that_no_two_keepers_wait_for_each_other(
 
 def test_restarts_are_counted_within_a_while_only(keeper, monkeypatch):
     made = keeper("0")
-    clock = [0.0]
-    monkeypatch.setattr(vllm_keeper, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     assert [made._may_start_again(1), made._may_start_again(2)] == [True, False]
     made._state = type(made._state)("k", "ready", 0.0, ready_at=1.0)
     for _ in range(3 * RESTARTS):
-        clock[0] += RESTARTS_WITHIN / RESTARTS + 1
+        made._ready_seconds += RESTARTS_WITHIN / RESTARTS + 1
         assert made._may_start_again(99)
     for _ in range(RESTARTS):
         last = made._may_start_again(99)
     assert not last
+
+
+@pytest.mark.parametrize(
+    ("load_seconds", "ready_seconds", "loads"),
+    [(1, 1, 6), (900, 1, 6), (900, 110, 6), (1, 130, 20), (900, 130, 20)],
+)
+def test_restarts_are_bounded_by_how_long_the_server_is_ready_and_not_by_how_long_it_loads(
+    keeper, monkeypatch, load_seconds, ready_seconds, loads
+):
+    made, clock, started = keeper("0"), SimpleNamespace(now=1000.0), []
+
+    class Process:
+        """A server that dies some time after it was ready."""
+
+        pid, output = 1, "pipe:[1]"
+
+        def __init__(self, *_, **__):
+            started.append(clock.now)
+
+        def status(self):
+            return 1 if clock.now > started[-1] + load_seconds + ready_seconds else None
+
+        def end(self, *, gently):
+            pass
+
+        def last_lines(self):
+            return []
+
+    class Health:
+        def __init__(self, *_, **__):
+            pass
+
+        def look(self, **_):
+            return clock.now > started[-1] + load_seconds
+
+        def stalled(self):
+            return None
+
+    def is_over():
+        clock.now += 0.25
+        return len(started) == 20
+
+    monkeypatch.setattr(
+        vllm_keeper, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now)
+    )
+    monkeypatch.setattr(vllm_keeper, "ServerProcess", Process)
+    monkeypatch.setattr(vllm_keeper, "Health", Health)
+    monkeypatch.setattr(made, "_is_over", is_over)
+    made._guard = SimpleNamespace(watch=lambda *_, **__: None, forget=lambda: None)
+    made._serve()
+    assert len(started) == loads
+    assert (made._state.phase == "failed") == (loads == 6)
 
 
 def test_a_lack_that_may_pass_stops_no_server(keeper, monkeypatch, caplog):
