@@ -33,6 +33,8 @@ KEEPER_TIMEOUT = 60.0
 MAX_LOST = 3
 # "airflow worker -- LocalExecutor: ...", "[celeryd: celery@host:MainProcess] -active- (...)", "python /.../airflow ..."
 _AIRFLOW = re.compile(r"(^|[\s/\[])(airflow|celery)")
+# Whose arguments, or titles ("sshd: airflow@pts/0"), name a user or a session. What they have started is below them.
+_SESSIONS = frozenset({"sshd", "sshd-session", "login", "su", "sudo", "runuser", "screen", "tmux"})
 KEEPER_LOG_BYTES = 1024 * 1024
 
 
@@ -62,6 +64,8 @@ class Lease:
     :param settings: How its keeper is to be, where it is started.
     :param holder: Who claims it, for people: DAG, task, ...
     :param say: Takes what is worth a line of the task's log.
+    :raises ConfigError: the engine folder is another user's, or others may write to it.
+    :raises EngineError: it can't be used, as on a full disk.
     """
 
     def __init__(
@@ -86,8 +90,11 @@ class Lease:
         self._say = say
         self._said = ""
         self._lease: tuple[Path, int] | None = None
-        self.server: ServerFolder = folder.server(spec.key)
-        """The server's folder."""
+        try:
+            self.server: ServerFolder = folder.server(spec.key)
+            """The server's folder."""
+        except OSError as error:
+            raise _unusable(folder.path, error) from error
 
     def attach(self, *, stopped: Callable[[], bool] = lambda: False) -> Attached | None:
         """Wait for the server, having it started if need be. Blocks for as long as the model takes to load.
@@ -121,9 +128,7 @@ class Lease:
                     )
         except OSError as error:
             self.release()
-            raise EngineError(
-                f"The engine folder {self.server.path} can't be used: {error.strerror}."
-            ) from error
+            raise _unusable(self.server.path, error) from error
         except BaseException:
             self.release()
             raise
@@ -271,6 +276,10 @@ class Lease:
             os.close(lock)
 
 
+def _unusable(path: Path, error: OSError) -> EngineError:
+    return EngineError(f"The engine folder {path} can't be used: {error.strerror}.")
+
+
 def worker_process() -> dict[str, Any] | None:
     """The worker that this process belongs to: the topmost of Airflow's processes above it, by number and start time.
 
@@ -293,7 +302,9 @@ def is_airflow(command: Sequence[str]) -> bool:
     Who is taken for a worker and is none only has the server kept for its idle time; not to know one would end the server
     with each task.
     """
-    return _AIRFLOW.search(" ".join(command[:4])) is not None
+    title = " ".join(command[:4])
+    program = re.split(r"[:\s]", title, maxsplit=1)[0].rpartition("/")[2].lower()
+    return program not in _SESSIONS and _AIRFLOW.search(title) is not None
 
 
 def _progress(state: ServerState, spec: ServerSpec) -> str:

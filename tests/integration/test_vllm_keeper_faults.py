@@ -259,10 +259,10 @@ def test_a_full_disk_for_everything(worker, tmp_path):
         folder = EngineFolder(small)
         spec = worker.spec()
 
-        def lease():
+        def lease(spec):
             return vllm_leases.Lease(folder, spec, settings=worker.settings, holder={}, say=lambda _: None)
 
-        first = lease()
+        first = lease(spec)
         attached = first.attach()
         filler = small / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -270,21 +270,29 @@ def test_a_full_disk_for_everything(worker, tmp_path):
                 file.write(bytes(4096))
         # Who has a server keeps it, and others get it, too, though nothing can be written about them.
         assert first.is_current(attached)
-        with contextlib.suppress(EngineError):
-            second = lease()
-            assert second.attach() is not None
-            second.release()
+        second = lease(spec)
+        assert second.attach() == attached
+        with folder.server(spec.key).gate():
+            assert len(folder.server(spec.key).leases()) == 2
+        second.release()
+        # A new one can't be had, and that may pass.
+        new = lease(worker.spec("new", gpus="1"))
+        with pytest.raises(EngineError, match="No space left on device"):
+            new.attach()
         kill(worker.fake.starts()[0]["pid"])
         eventually(lambda: len(worker.fake.starts()) == 2)
         time.sleep(0.5)
         filler.unlink()
         eventually(lambda: not first.is_current(attached))
         assert first.attach().loads == 2
-        server = folder.server(spec.key)
-        with server.gate():
-            server.signal_keeper(signal.SIGTERM)
-        state = eventually(lambda: (found := server.read_state()) and found.phase == "stopped" and found)
-        eventually(lambda: not is_running(state.keeper_pid))
+        assert new.attach().loads == 1
+        new.release()
+        first.release()
+        for server in (first.server, new.server):
+            with server.gate():
+                server.signal_keeper(signal.SIGTERM)
+            state = eventually(lambda: (found := server.read_state()) and found.phase == "stopped" and found)  # noqa: B023
+            eventually(lambda: not is_running(state.keeper_pid))  # noqa: B023
     finally:
         eventually(lambda: not worker.left())
         subprocess.run(["umount", "-l", str(small)], check=True)
@@ -418,6 +426,17 @@ def test_a_folder_that_others_may_write_to_is_not_used(worker):
     worker.folder.path.chmod(0o777)
     with pytest.raises(ConfigError, match="can be written to by others"):
         worker.lease(worker.spec())
+
+
+def test_a_folder_that_can_not_be_made_is_told(worker):
+    worker.folder.path.write_text("no folder")
+    try:
+        with pytest.raises(
+            EngineError, match=r"engine folder .* can't be used: (Not a directory|File exists)"
+        ):
+            worker.lease(worker.spec())
+    finally:
+        worker.folder.path.unlink()
 
 
 def test_a_keeper_that_can_not_start_is_told(worker, monkeypatch):

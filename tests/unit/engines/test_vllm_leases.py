@@ -20,6 +20,7 @@ from airflow_vlm_provider.engines.vllm_leases import is_airflow
         ["airflow supervisor: dag.task", ""],
         ["airflow task supervisor: {...}"],
         ["bash", "/entrypoint", "airflow", "edge", "worker"],
+        ["/usr/local/bin/airflow", "celery", "worker"],
     ],
 )
 def test_workers_are_known(command):
@@ -34,6 +35,13 @@ def test_workers_are_known(command):
         ["python", "-m", "pytest", "tests"],
         ["/usr/bin/dumb-init", "--", "/entrypoint"],
         ["vim", "my_airflow.cfg"],
+        # Sessions of a user who is called airflow: they may outlive the worker, or the worker them.
+        ["sshd: airflow@pts/0", "", ""],
+        ["sshd-session: airflow [priv]"],
+        ["login -- airflow"],
+        ["su", "-", "airflow"],
+        ["/usr/bin/sudo", "-u", "airflow", "bash"],
+        ["SCREEN", "-S", "airflow"],
         ["python", "script.py", "x", "y", "/opt/airflow"],
     ],
 )
