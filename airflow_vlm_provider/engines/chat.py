@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from airflow_vlm_provider.engines.failures import PassingError
 from airflow_vlm_provider.types import Answer, Choice, FinishReason, Media, Request, Usage
 
 _LARGE = 1_000_000
@@ -97,6 +98,7 @@ class ResponsePath:
         """The candidates in a response.
 
         :raises LookupError: there is nothing at the path.
+        :raises PassingError: the server broke off the answer.
         """
         found = list(_walk(data, self._steps, {}))
         if not found:
@@ -132,6 +134,11 @@ def _walk(
 
 
 def _choice(value: Any, holder: Mapping[str, Any]) -> Choice:
+    # So vLLM answers, with a status of 200 and what it has come to, when it is told to stop.
+    if holder.get("finish_reason") == "abort":
+        raise PassingError(
+            "The server broke off the answer (finish_reason is abort), as it does when it stops"
+        )
     text = _text(value)
     message = holder.get("message")
     refusal = message.get("refusal") if isinstance(message, Mapping) else None
@@ -156,6 +163,7 @@ def read_answer(data: Mapping[str, Any], *, path: ResponsePath, model: str, requ
     :param model: Named when the response names none.
     :param requests: How many requests this answer took.
     :raises LookupError: there is nothing at the path.
+    :raises PassingError: the server broke off the answer.
     """
     usage = data.get("usage")
     usage = usage if isinstance(usage, Mapping) else {}

@@ -289,6 +289,8 @@ class OpenAIEngine:
                 # Some gateways call JSON text/plain.
                 data = json.loads(data)
             return read_answer(data, path=self._path, model=self.model, requests=turn.sent)
+        except PassingError as error:
+            return error
         except (LookupError, ValueError, TypeError) as error:
             if self._path.text == ResponsePath.DEFAULT or not isinstance(data, Mapping) or "error" in data:
                 return diagnosis.of_content(data, sent)

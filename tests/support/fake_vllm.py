@@ -133,12 +133,20 @@ class Engine:
         self._answers: dict[int, threading.Event] = {}
         self._numbers = 0
         self.dead = threading.Event()
+        self.stopping = False
         self.running = 0
         self.tokens = 0
         threading.Thread(target=self._read, daemon=True).start()
 
-    def ask(self, text: str) -> bool:
-        """Have an answer computed; False when the engine died instead."""
+    def stop(self) -> None:
+        """Break off all that is computed, as vLLM does when it is told to stop."""
+        self.stopping = True
+        with self._lock:
+            for each in self._answers.values():
+                each.set()
+
+    def ask(self, text: str) -> str | None:
+        """Have an answer computed; why it ended, or None when the engine died instead."""
         with self._lock:
             self._numbers += 1
             number = self._numbers
@@ -148,7 +156,9 @@ class Engine:
         except OSError:
             self.dead.set()
         done.wait()
-        return not self.dead.is_set()
+        if self.dead.is_set():
+            return None
+        return "abort" if self.stopping else "stop"
 
     def _read(self) -> None:
         for line in self._socket.makefile("rb"):
@@ -241,12 +251,14 @@ class Handler(BaseHTTPRequestHandler):
             self._json(400, {"error": error})
             return
         text = body.get("prompt") or _text(body["messages"])
-        if not self.engine.ask(text):
+        reason = self.engine.ask(text)
+        if reason is None:
             self._json(500, {"error": {"message": "EngineCore encountered an issue.", "code": 500}})
             return
         key = "text" if "prompt" in body else "message"
         said = f"pid {os.getpid()}: {text}"
-        choice = {"index": 0, "finish_reason": "stop", key: said if key == "text" else {"content": said}}
+        said = said if reason == "stop" else said[: len(said) // 2]
+        choice = {"index": 0, "finish_reason": reason, key: said if key == "text" else {"content": said}}
         usage = {"prompt_tokens": 10, "completion_tokens": 10, "total_tokens": 20}
         self._json(200, {"id": "x", "model": self.model, "choices": [choice], "usage": usage})
 
@@ -324,6 +336,14 @@ def main() -> None:
     engine = Engine()
     _note("starts", start | {"engine": engine.pid})
     Handler.engine, Handler.model = engine, args.served_model_name
+
+    def stop() -> None:
+        engine.stop()
+        # Time for those who wait to be told.
+        time.sleep(0.2)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=stop).start())
     time.sleep(control["load_seconds"])
     server = Server((args.host, args.port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

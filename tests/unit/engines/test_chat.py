@@ -9,6 +9,7 @@ import pytest
 
 from airflow_vlm_provider.engines import chat
 from airflow_vlm_provider.engines.chat import ResponsePath, build_body, read_answer
+from airflow_vlm_provider.engines.failures import PassingError
 from airflow_vlm_provider.types import Choice, Media, MediaRef, Request, Usage
 
 JPEG = Media("image", "image/jpeg", b"\xff\xd8one", "a.jpg")
@@ -159,6 +160,14 @@ def test_usage_may_be_missing(usage):
 )
 def test_finish_reasons(message, reason, choice):
     assert _read(_response(message, reason=reason)) == (choice,)
+
+
+@pytest.mark.parametrize("path", [None, "choices.0.message", "choices.*.message.content"])
+def test_what_the_server_broke_off_is_no_answer(path):
+    response = _response({"content": "a whole one"}, {"content": "a par"})
+    response["choices"][0 if path == "choices.0.message" else 1]["finish_reason"] = "abort"
+    with pytest.raises(PassingError, match="broke off the answer"):
+        _read(response, path)
 
 
 def test_data_juicers_path_stands_for_all_candidates():
