@@ -1,8 +1,8 @@
-"""What a run waits for: its source, the preparation of media, or the engine.
+"""What a run waits for: its source, the preparation of media, the engine, or its own end.
 
 Looked at a few times a second: the engine is what binds when as many requests are with it as it takes; else, when
 requests are being prepared, the preparation; else the source, which has not brought samples enough (or the
-destination, which takes no more of them).
+destination, which takes no more of them). When the source has brought all there are, what is left is the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 SAMPLE_SECONDS = 0.1
 # Of fewer looks than these, a second's, nothing can be said.
 FEWEST_LOOKS = 10
-Stage = Literal["source", "preparation", "engine"]
+Stage = Literal["source", "preparation", "engine", "end"]
 
 
 class Bottleneck:
@@ -41,6 +41,8 @@ class Bottleneck:
         self._bound: Counter[Stage] = Counter()
         self._in_flight = 0
         self._room = 0
+        self.source_has_ended = False
+        """Whether there are no more samples to come."""
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -78,8 +80,10 @@ class Bottleneck:
         self._room += window
         if self._asking >= window:
             self._bound["engine"] += 1
+        elif self._preparing:
+            self._bound["preparation"] += 1
         else:
-            self._bound["preparation" if self._preparing else "source"] += 1
+            self._bound["end" if self.source_has_ended else "source"] += 1
 
     def shares(self) -> dict[Stage, float]:
         """How large a part of the time each bound the run, from 0 to 1; empty before the first look."""
@@ -104,5 +108,6 @@ class Bottleneck:
 _HINTS: dict[Stage, str] = {
     "engine": "A faster engine, or fewer pixels and tokens for it, would make this faster.",
     "preparation": "A closer storage, more processor cores, or smaller media would make this faster.",
-    "source": "More shards for each task, or a faster source and destination, would make this faster.",
+    "source": "A faster source or destination, or smaller rows, would make this faster.",
+    "end": "More shards for each task would make this faster: at its end, the engine is left with few requests.",
 }

@@ -320,10 +320,14 @@ class ShardRunner:
         tasks: list[asyncio.Task[Manifest | None]] = []
         unreadable: list[str] = []
 
+        def is_read(shard: ObjectInfo) -> None:
+            reading.release()
+            self.bottleneck.source_has_ended = shard is shards[-1]
+
         async def run_one(shard: ObjectInfo) -> Manifest | None:
             try:
                 before = self._before.get(shard.name)
-                return await ShardRun(job, shard, before).run(when_read=reading.release)
+                return await ShardRun(job, shard, before).run(when_read=partial(is_read, shard))
             except ShardError as error:
                 log.error("%s", error)
                 unreadable.append(str(error))

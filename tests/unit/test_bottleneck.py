@@ -65,7 +65,9 @@ def test_why_the_engine_took_no_more_is_said_when_it_was_the_engine():
     gauge = Bottleneck(lambda: 1, lambda: gauge.with_engine, lambda: said[0])
     for _ in range(10):
         gauge.look()
-    assert str(gauge.sentence()).endswith("a faster source and destination, would make this faster.")
+    assert str(gauge.sentence()).endswith(
+        "A faster source or destination, or smaller rows, would make this faster."
+    )
     with gauge.asking():
         for _ in range(30):
             gauge.look()
@@ -75,6 +77,47 @@ def test_why_the_engine_took_no_more_is_said_when_it_was_the_engine():
     assert str(gauge.sentence()).endswith(
         "the window held 1.0. A faster engine, or fewer pixels and tokens for it, would make this faster."
     )
+
+
+def test_when_there_are_no_more_samples_it_is_the_end_and_not_the_source():
+    gauge = Bottleneck(lambda: 2)
+    gauge.look()
+    gauge.source_has_ended = True
+    for _ in range(6):
+        with gauge.asking():
+            gauge.look()
+    with gauge.asking(), gauge.asking():
+        gauge.look()
+    with gauge.asking(), gauge.preparing():
+        gauge.look()
+    gauge.look()
+    assert gauge.shares() == {"end": 0.7, "source": 0.1, "preparation": 0.1, "engine": 0.1}
+    assert "More shards for each task would make this faster" in str(gauge.sentence())
+
+
+def test_the_end_of_a_run_begins_when_its_last_shard_was_read(tmp_path):
+    place = Place(tmp_path)
+    shards = [
+        place.shard(name, [{"text": f"{name} {number}"} for number in range(count)])
+        for name, count in (("a.jsonl", 2), ("b.jsonl", 200))
+    ]
+    ended: list[bool] = []
+
+    def delay(about: object) -> float:
+        ended.append(runner.bottleneck.source_has_ended)
+        return 0.01
+
+    engine = ScriptedEngine(delay=delay, concurrency=4)
+    runner = place.runner(engine)
+
+    async def go() -> None:
+        async with engine:
+            await runner.run_all(shards)
+
+    asyncio.run(go())
+    assert len(ended) == 202
+    assert not any(ended[:100])
+    assert ended[-1]
 
 
 def test_an_engine_that_takes_fewer_at_the_moment_binds_with_fewer():
