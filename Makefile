@@ -30,7 +30,7 @@ unit: setup  ## the tests that need no server (seconds)
 	$(BIN)/python -m pytest tests/unit
 
 integration: setup
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration
 
 system: setup
 	$(BIN)/python -m pytest tests/system

@@ -165,11 +165,21 @@ class Worker:
         kill_session(self.pid)
         self._process.wait()
 
-    def stop(self, timeout: float = 60) -> None:
-        """Tell it to stop, and wait until it has."""
+    def stop(self, timeout: float = 120) -> None:
+        """
+        Tell it to stop, and wait until it has.
+
+        :raises AirflowError: it has not in time; the message holds the end of its log, and what still runs.
+        """
         self._is_wanted = False
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait(timeout)
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            left = "\n".join(f"{each.pid} {each.cmdline()}" for each in session_processes(self.pid))
+            raise AirflowError(
+                f"The worker {self.name} has not ended after {timeout:g} s:\n{_tail(self.log)}\n{left}"
+            ) from error
 
 
 class QueuedAirflow:

@@ -249,19 +249,19 @@ def test_a_killed_celery_worker_costs_at_most_a_window_of_each_of_its_tasks(
 
 def test_a_killed_edge_worker_costs_at_most_a_window_of_each_of_its_tasks(queues: Queues):
     edge = queues.machine("edge")
-    prompts = upload(queues, "edge/", groups=6)
-    worker = queues.airflow.edge_worker("edge-1", queue="gpu", concurrency=2, env=edge.env)
+    prompts = upload(queues, "edge/", groups=GROUPS)
+    worker = queues.airflow.edge_worker("edge-1", queue="gpu", concurrency=4, env=edge.env)
     run_id = queues.deployment.run("ask_at_the_edge", "edge/", wait=False)
     queues.wait_for_the_middle_of_a_task(edge)
     assert len(edge.fake.starts()) == 1
     assert edge.owners() == {worker.pid}
 
-    queues.wait_for_the_middle_of_a_task(edge, done=random.randint(1, 2))
+    queues.wait_for_the_middle_of_a_task(edge, done=random.randint(1, 6))
     # The whole machine is gone, with its server and that one's keeper.
     worker.kill(along_with=edge.processes())
     assert edge.processes() == []
     assert len(set(edge.fake.asked())) < len(prompts)
-    worker = queues.airflow.edge_worker("edge-2", queue="gpu", concurrency=2, env=edge.env)
+    worker = queues.airflow.edge_worker("edge-2", queue="gpu", concurrency=4, env=edge.env)
     tasks = queues.wait_for_success("ask_at_the_edge", run_id)
 
     assert {each["executor"] for each in tasks if each["task_id"] == "plan"} == {"LocalExecutor"}
@@ -269,7 +269,7 @@ def test_a_killed_edge_worker_costs_at_most_a_window_of_each_of_its_tasks(queues
     ran = where(tasks)
     assert ran["plan"] == {("localhost", "default", "default_pool"): 1}
     assert set(ran["ask"]) <= {("edge-1", "gpu", "gpu"), ("edge-2", "gpu", "gpu")}
-    assert ran["ask"].total() == 6
+    assert ran["ask"].total() == GROUPS
     nothing_is_lost_and_nothing_paid_twice(queues, edge, "edge/", prompts)
     worker.stop()
     queues.nothing_is_left_of(edge)
