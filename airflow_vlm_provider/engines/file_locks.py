@@ -28,19 +28,25 @@ def open_file(path: Path, flags: int = 0) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
 
 
-def try_lock(file: int) -> bool:
-    """Lock an open file, unless somebody has; whether it is locked now."""
+def try_lock(file: int, *, shared: bool = False) -> bool:
+    """Lock an open file, unless somebody has; whether it is locked now.
+
+    :param shared: Others who share it may have it, too.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
-def try_open_locked(path: Path) -> int | None:
-    """A descriptor of a file that nobody else can lock until it is closed; None when somebody has."""
+def try_open_locked(path: Path, *, shared: bool = False) -> int | None:
+    """A descriptor of a file that nobody else can lock until it is closed; None when somebody has.
+
+    :param shared: Others who share it may have it, too.
+    """
     file = open_file(path)
-    if try_lock(file):
+    if try_lock(file, shared=shared):
         return file
     os.close(file)
     return None

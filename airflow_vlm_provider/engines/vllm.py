@@ -4,19 +4,19 @@ The first task that needs a model has its server started, see :mod:`airflow_vlm_
 asked over HTTP like any other endpoint. What is special is that this engine knows what becomes of the server: when it
 died or was replaced, the requests that were in flight are asked again once it is back.
 
-One of them may be what kills it. Those that were lost :data:`SUSPECT_AFTER` times are therefore asked one at a time,
-of all tasks on this server; who is lost then has itself to blame, and is given up. The others are answered.
+One of them may be what kills it. Those that were lost :data:`SUSPECT_AFTER` times are therefore asked alone, see
+:mod:`airflow_vlm_provider.engines.vllm_turns`; who is lost then has itself to blame, and is given up. The others are
+answered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from airflow_vlm_provider.engines.vllm_folder import EngineFolder
 from airflow_vlm_provider.engines.vllm_leases import Attached, Lease
 from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import DEFAULT_COMMAND, ServerSpec, influence, pick_gpus
+from airflow_vlm_provider.engines.vllm_turns import Turns
 from airflow_vlm_provider.errors import EngineError, TransientError, VLMError
 from airflow_vlm_provider.types import Answer, Request
 
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WATCH_SECONDS = 0.5
-ALONE_SECONDS = 0.1
-SUSPECT_AFTER = 2
+# Once, where a request has killed the server before: it is only started again so many times.
+SUSPECT_AFTER, SUSPECT_AGAIN_AFTER = 2, 1
 # Whether the server is gone is for its keeper to tell, long before this.
 _OUTAGE_SECONDS = 3600.0
 
@@ -104,8 +105,8 @@ class VLLMEngine:
         self._server: asyncio.Future[_Server] | None = None
         self._asked: OpenAIEngine | None = None
         self._watcher: asyncio.Task[None] | None = None
-        # Of this task's suspects, one at a time contends with other tasks'.
-        self._suspects: asyncio.Lock | None = None
+        self._turns: Turns | None = None
+        self._suspect_after = SUSPECT_AFTER
 
     @property
     def window(self) -> int:
@@ -135,9 +136,9 @@ class VLLMEngine:
     async def __aenter__(self) -> VLLMEngine:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="vlm-lease")
         self._stopped.clear()
-        self._suspects = asyncio.Lock()
         try:
             self._lease = await self._in_thread(self.make_lease)
+            self._turns = Turns(self._lease.server, patience=self._timeout)
             self._server = asyncio.get_running_loop().create_future()
             self._server.set_result(await self._attach())
         except BaseException:
@@ -159,19 +160,26 @@ class VLLMEngine:
 
     async def ask(self, request: Request) -> Answer:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
-        for _ in range(SUSPECT_AFTER):
-            asking = await self._ask(request)
+        lost = 0
+        while True:
+            alone = lost >= self._suspect_after
+            if not alone:
+                # Before its turn, so that suspects come first when the server is back.
+                await self._running()
+            turns = self._turns
+            assert turns is not None
+            async with turns.alone() if alone else turns.beside_others():
+                asking = await self._ask(request)
             if not asking.cancelled():
                 return asking.result()
-        async with self._alone():
-            asking = await self._ask(request)
-        if not asking.cancelled():
-            return asking.result()
-        raise TransientError(
-            f"The vLLM server of {self.model} was lost {SUSPECT_AFTER + 1} times while it worked on this request, the "
-            "last time with no other such request beside it.",
-            attempts=SUSPECT_AFTER + 1,
-        )
+            lost += 1
+            if alone:
+                self._suspect_after = SUSPECT_AGAIN_AFTER
+                raise TransientError(
+                    f"The vLLM server of {self.model} was lost {lost} times while it worked on this request, the last "
+                    "time with no other request beside it.",
+                    attempts=lost,
+                )
 
     async def _ask(self, request: Request) -> asyncio.Future[Answer]:
         """Ask the server that runs, or will: the answer, or a cancelled future if it was lost meanwhile."""
@@ -199,20 +207,6 @@ class VLLMEngine:
                 return server.result()
             # Not awaited itself: cancelled here, it would be for all.
             await asyncio.wait((server,))
-
-    @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """Have no other request beside that may be what kills the server."""
-        lease, suspects = self._lease, self._suspects
-        if lease is None or suspects is None:
-            raise EngineError("The engine is closed.")
-        async with suspects:
-            while (lock := lease.server.try_alone()) is None:  # noqa: ASYNC110 - other processes have it
-                await asyncio.sleep(ALONE_SECONDS)
-            try:
-                yield
-            finally:
-                os.close(lock)
 
     def make_lease(self) -> Lease:
         """A claim on the server, which is not taken yet. Blocks for a moment.

@@ -9,6 +9,7 @@
     <folder>/<key>/keeper.log     what that says
     <folder>/<key>/gate.lock      locked for moments, by whoever decides something
     <folder>/<key>/suspect.lock   locked by a task that asks what may be killing the server
+    <folder>/<key>/asking.lock    shared by the tasks that have asked anything else
     <folder>/<key>/leases/<uuid>  one for each task that uses the server, locked by it
     <folder>/<key>/pins/<hash>    one for each DAG run that wants the server kept between its tasks
     <folder>/gpus/<gpu>.lock      locked by the keeper whose server runs on that GPU
@@ -174,12 +175,25 @@ class ServerFolder:
         """Whether what :meth:`keeper_lock` returned still keeps others away: its file may have been deleted."""
         return is_file_of(file, self.path / "keeper.lock")
 
-    def try_alone(self) -> int | None:
-        """Take the lock of those who may be what kills the server; None when somebody has it.
+    def try_suspect(self) -> int | None:
+        """Take the lock of those who ask what may be killing the server; None when somebody has it.
 
         :return: A descriptor, which holds it until it is closed.
         """
         return try_open_locked(self.path / "suspect.lock")
+
+    def has_suspect(self) -> bool:
+        """Whether somebody has that lock."""
+        with opened(self.path / "suspect.lock") as file:
+            return not try_lock(file, shared=True)
+
+    def try_asking(self, *, shared: bool) -> int | None:
+        """Take the lock of those who ask anything else; None when it can't be had.
+
+        :param shared: With them, or else from them all.
+        :return: A descriptor, which holds it until it is closed.
+        """
+        return try_open_locked(self.path / "asking.lock", shared=shared)
 
     def signal_keeper(self, number: signal.Signals) -> bool:
         """Send the keeper a signal; whether there is one. Behind the gate."""

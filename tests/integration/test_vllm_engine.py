@@ -96,6 +96,28 @@ def test_a_request_that_kills_the_server_is_given_up_and_the_others_are_answered
     assert 3 <= len(worker.fake.starts()) <= 4
 
 
+def test_two_requests_that_kill_the_server_one_after_the_other_cost_no_third_its_answer(worker):
+    worker.fake.control(poison="deadly", answer_seconds=0.3)
+    texts = ["deadly 1", "a", "b", "c", "deadly 2", *TEXTS[:10]]
+
+    async def run():
+        window = asyncio.Semaphore(4)
+
+        async def one(engine, text):
+            async with window:
+                return (await ask_all(engine, [text]))[0]
+
+        async with worker.engine() as engine:
+            return await asyncio.gather(*(one(engine, text) for text in texts))
+
+    found = dict(zip(texts, asyncio.run(run()), strict=True))
+    assert [text for text in texts if found[text] != text] == ["deadly 1", "deadly 2"]
+    assert isinstance(found["deadly 1"], TransientError)
+    assert isinstance(found["deadly 2"], TransientError)
+    # No more than a keeper starts one again.
+    assert len(worker.fake.starts()) <= 6
+
+
 def test_a_request_of_one_task_that_kills_the_server_costs_no_other_task_an_answer(worker):
     worker.fake.control(poison="deadly", answer_seconds=0.1)
     spec = worker.spec()
