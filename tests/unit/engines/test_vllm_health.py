@@ -18,11 +18,17 @@ class Endpoint:
         self.healthy = True
         self.engines = {"0": (0, 0.0)}
         self.answers = True
-        self.asked = []
+        self.asked, self.ranks = [], []
+        self.deaf = set()
+        self.garbage = False
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
+                if endpoint.garbage:
+                    self.wfile.write(b"no such protocol\r\n\r\n")
+                    self.close_connection = True
+                    return None
                 if self.path == "/health":
                     return self.reply(200 if endpoint.healthy else 503)
                 lines = [
@@ -34,7 +40,9 @@ class Endpoint:
 
             def do_POST(self):
                 endpoint.asked.append((self.path, self.headers["Authorization"]))
-                if endpoint.answers:
+                rank = self.headers["X-Data-Parallel-Rank"]
+                endpoint.ranks.append(rank)
+                if endpoint.answers and rank not in endpoint.deaf:
                     self.reply(400)
                 else:
                     endpoint.end.wait(30)
@@ -90,8 +98,9 @@ def look(health, clock, *, after=0.0, used=True, answers=True):
     """Look later, and wait for the answer to whatever is asked then; whether it is stalled."""
     clock.now += after
     assert health.look(timeout=10, used=used)
-    if (question := health._question) is not None:
-        question.join(5 if answers else 0.1)
+    for thread in threading.enumerate():
+        if thread.name == "vlm-question":
+            thread.join(5 if answers else 0.1)
     return health.stalled() is not None
 
 
@@ -100,6 +109,11 @@ def test_a_server_that_is_not_there_or_says_no_is_not_well(endpoint, health):
     endpoint.healthy = False
     assert not health.look(timeout=10, used=True)
     assert not Health("http://127.0.0.1:9", api_key="", model="m", stall_timeout=1).look(timeout=1, used=True)
+
+
+def test_a_server_that_speaks_no_http_is_not_well(endpoint, health):
+    endpoint.garbage = True
+    assert not health.look(timeout=10, used=True)
 
 
 def test_requests_that_run_without_progress_are_a_stall(endpoint, health, clock):
@@ -134,6 +148,44 @@ def test_an_engine_that_has_nothing_to_do_and_does_not_answer_hangs(endpoint, he
     assert look(health, clock, answers=False, after=11)
     # Once is enough.
     assert len(endpoint.asked) == 1
+
+
+def test_one_engine_of_several_that_hangs_while_it_seems_to_have_nothing_to_do_is_found(
+    endpoint, health, clock
+):
+    endpoint.deaf = {"1"}
+    for step in range(6):
+        endpoint.engines = {"0": (1, float(step)), "1": (0, 5.0)}
+        if look(health, clock, answers=False, after=20):
+            break
+        # Asked at the fourth look, it may still answer.
+        assert ("1" in endpoint.ranks) == (step >= 3)
+    else:
+        assert look(health, clock, answers=False, after=20)
+    assert set(endpoint.ranks) == {"0", "1"}
+
+
+def test_one_engine_of_several_that_has_nothing_to_do_and_answers_is_well(endpoint, health, clock):
+    for step in range(20):
+        endpoint.engines = {"0": (1, float(step)), "1": (0, 5.0)}
+        assert not look(health, clock, after=20)
+    assert "1" in endpoint.ranks
+
+
+def test_an_engine_is_not_blamed_for_an_api_server_that_answers_nobody(endpoint, health, clock):
+    endpoint.deaf = {"0", "1"}
+    for step in range(20):
+        endpoint.engines = {"0": (1, float(step)), "1": (0, 5.0)}
+        assert not look(health, clock, answers=False, after=20)
+    # Each is asked once at a time.
+    assert sorted(endpoint.ranks) == ["0", "1"]
+
+
+def test_an_engine_that_was_taken_away_is_not_missed(endpoint, health, clock):
+    endpoint.engines = {"0": (1, 0.0), "1": (1, 0.0)}
+    for step in range(10):
+        assert not look(health, clock, after=20)
+        endpoint.engines = {"0": (1, float(step))}
 
 
 def test_nothing_is_asked_while_nobody_uses_it(endpoint, health, clock):
