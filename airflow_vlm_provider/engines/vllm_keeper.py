@@ -164,6 +164,11 @@ class Keeper:
     def _claim_gpus(self) -> bool:
         """Wait for the GPUs, in an order that is the same for all; False when it is not worth waiting any more."""
         gpus = sorted(self._spec.gpus)
+        if any(self._folder.is_wanted(gpu) for gpu in gpus):
+            # Who waits already looks once in a tick: should they be free just now, it comes first.
+            for _ in range(2):
+                if self._is_over():
+                    return False
         with contextlib.ExitStack() as wanting:
             for gpu in gpus:
                 wanting.enter_context(self._folder.wanting(gpu))
