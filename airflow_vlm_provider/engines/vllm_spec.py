@@ -102,6 +102,7 @@ _NO_INFLUENCE = frozenset(
         "otlp_traces_endpoint",
         "performance_mode",
         "pipeline_parallel_size",
+        "prefill_context_parallel_size",
         "renderer_num_workers",
         "safetensors_load_strategy",
         "scheduling_policy",
