@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,8 @@ class _EngineServerOperator(PlacedOperator):
         self.vlm_conn_id = vlm_conn_id
         self.api_or_hf_model = api_or_hf_model
         self.model_params = model_params
-        self._stopped = threading.Event()
+        # No event: tasks are copied deeply, as for a part of a DAG.
+        self._stopped = False
 
     @classmethod
     def local_engine(cls, told: Mapping[str, Any]) -> str | None:
@@ -46,7 +46,7 @@ class _EngineServerOperator(PlacedOperator):
 
     def on_kill(self) -> None:
         """Wait no longer."""
-        self._stopped.set()
+        self._stopped = True
 
     def _engine(self, context: Context) -> VLLMEngine:
         from airflow_vlm_provider.hooks.vlm import VLMHook
@@ -103,7 +103,7 @@ class StartEngineOperator(_EngineServerOperator):
         try:
             lease = self._engine(context).make_lease()
             try:
-                attached = lease.attach(stopped=self._stopped.is_set)
+                attached = lease.attach(stopped=lambda: self._stopped)
                 if attached is None:
                     raise AirflowException("The task was told to stop before the server was ready.")
                 lease.pin(self._pin(context), until=time.time() + 3600 * self.max_hours)
