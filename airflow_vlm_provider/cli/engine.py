@@ -61,12 +61,15 @@ def stop_engine(args: Namespace) -> None:
             print(f"{key} stopped")
         used += [key for key, way in ways.items() if way == "used"]
         left = [each for each in left if ways[each.key] == "waited for"]
-        if left and time.monotonic() > deadline:
-            raise SystemExit(f"{left[0].key} has not ended after {STOP_TIMEOUT:g} s; see {left[0].path}.")
+        if time.monotonic() > deadline:
+            break
         if left:
             time.sleep(0.1)
+    failed = [f"{each.key} has not ended after {STOP_TIMEOUT:g} s; see {each.path}." for each in left]
     if used:
-        raise SystemExit(f"Tasks or DAG runs have come to {', '.join(used)} meanwhile, so it goes on.")
+        failed.append(f"Tasks or DAG runs have come to {', '.join(used)} meanwhile, so it goes on.")
+    if failed:
+        raise SystemExit(" ".join(failed))
     if not running:
         print("There was none to stop.")
 

@@ -53,6 +53,7 @@ class Health:
         self._model = model
         self._stall_timeout = stall_timeout
         self._engines: dict[str, _Engine] = {}
+        self._looked = time.monotonic()
 
     def look(self, *, timeout: float, used: bool) -> bool:
         """Whether the server says that it is well.
@@ -65,7 +66,10 @@ class Health:
         found = read_engines(self._get("/metrics", timeout) or "")
         now = time.monotonic()
         # Without its metrics, a queue could not be told from a stall: who is not among them is not judged.
-        self._engines = {name: self._engines.get(name) or _Engine(now, now, now) for name in found}
+        # Whoever has not looked for so long, as in a container that was paused, has missed the signs of life, too.
+        known = self._engines if now - self._looked <= self._stall_timeout / 2 else {}
+        self._looked = now
+        self._engines = {name: known.get(name) or _Engine(now, now, now) for name in found}
         for name, metrics in found.items():
             self._note(self._engines[name], metrics, now, used=used)
         if any(now - each.heard > self._stall_timeout / 2 for each in self._engines.values()):
@@ -103,8 +107,8 @@ class Health:
         try:
             threading.Thread(target=self._ask, args=(engine, rank), daemon=True, name="vlm-question").start()
         except RuntimeError:
-            # There is none to be had; the next look may have more luck.
-            engine.asked = None
+            # There is none to be had: who can't be asked is not blamed for its silence.
+            engine.asked, engine.heard = None, now
 
     def _ask(self, engine: _Engine, rank: str | None) -> None:
         """Have one token computed; that it is refused is a sign of life, too."""

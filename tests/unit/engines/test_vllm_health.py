@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from airflow_vlm_provider.engines.vllm_health import Health
 
 
 class Endpoint:
-    """What is answered: ``healthy``, and by engine what ``runs`` and how many ``tokens`` there are."""
+    """What is answered: ``healthy``, and by engine what runs, how many tokens there are, and perhaps what waits."""
 
     def __init__(self):
         self.healthy = True
@@ -34,7 +35,8 @@ class Endpoint:
                 lines = [
                     f'vllm:num_requests_running{{engine="{name}"}} {runs}\n'
                     f'vllm:generation_tokens_total{{engine="{name}"}} {tokens}\n'
-                    for name, (runs, tokens) in endpoint.engines.items()
+                    f'vllm:num_requests_waiting{{engine="{name}"}} {sum(waits)}\n'
+                    for name, (runs, tokens, *waits) in endpoint.engines.items()
                 ]
                 return self.reply(200, "".join(lines).encode())
 
@@ -95,13 +97,16 @@ def health(endpoint, clock):
 
 
 def look(health, clock, *, after=0.0, used=True, answers=True):
-    """Look later, and wait for the answer to whatever is asked then; whether it is stalled."""
-    clock.now += after
-    assert health.look(timeout=10, used=used)
-    for thread in threading.enumerate():
-        if thread.name == "vlm-question":
-            thread.join(5 if answers else 0.1)
-    return health.stalled() is not None
+    """Look later, and now and then until then, and wait for the answer to whatever is asked; whether it is stalled."""
+    while True:
+        clock.now += min(after, 40.0)
+        after -= 40.0
+        assert health.look(timeout=10, used=used)
+        for thread in threading.enumerate():
+            if thread.name == "vlm-question":
+                thread.join(5 if answers else 0.1)
+        if after <= 0:
+            return health.stalled() is not None
 
 
 def test_a_server_that_is_not_there_or_says_no_is_not_well(endpoint, health):
@@ -122,7 +127,7 @@ def test_requests_that_run_without_progress_are_a_stall(endpoint, health, clock)
     assert not look(health, clock, answers=False)
     assert not look(health, clock, answers=False, after=90)
     endpoint.engines["0"] = (3, 11.0)
-    assert not look(health, clock, answers=False, after=90)
+    assert not look(health, clock, answers=False, after=9)
     assert not look(health, clock, answers=False, after=99)
     assert look(health, clock, answers=False, after=2)
 
@@ -138,6 +143,8 @@ def test_an_engine_that_has_nothing_to_do_is_asked_and_lives_by_its_answer(endpo
         assert not look(health, clock, after=40)
     assert endpoint.asked
     assert set(endpoint.asked) == {("/v1/completions", "Bearer sk")}
+    # There is no other that could be meant.
+    assert set(endpoint.ranks) == {None}
 
 
 def test_an_engine_that_has_nothing_to_do_and_does_not_answer_hangs(endpoint, health, clock):
@@ -179,6 +186,45 @@ def test_an_engine_is_not_blamed_for_an_api_server_that_answers_nobody(endpoint,
         assert not look(health, clock, answers=False, after=20)
     # Each is asked once at a time.
     assert sorted(endpoint.ranks) == ["0", "1"]
+
+
+def test_a_question_that_came_to_nothing_is_asked_again(endpoint, health, clock, monkeypatch):
+    get, lost = health._get, ["/v1/completions"]
+
+    def once_lost(path, *args):
+        if path in lost:
+            lost.remove(path)
+            return None
+        return get(path, *args)
+
+    monkeypatch.setattr(health, "_get", once_lost)
+    for _ in range(10):
+        assert not look(health, clock, after=20)
+    assert endpoint.asked
+
+
+def test_requests_that_only_wait_are_a_stall_too(endpoint, health, clock):
+    endpoint.engines["0"] = (0, 10.0, 3)
+    assert not look(health, clock, after=40)
+    assert look(health, clock, after=101)
+
+
+def test_who_can_not_be_asked_is_not_blamed_for_its_silence(endpoint, health, clock, monkeypatch):
+    def no_thread(**_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(vllm_health, "threading", SimpleNamespace(Thread=no_thread))
+    for _ in range(10):
+        assert not look(health, clock, after=40)
+
+
+def test_who_did_not_look_for_long_has_missed_the_signs_of_life(endpoint, health, clock):
+    endpoint.engines["0"] = (0, 10.0)
+    assert not look(health, clock)
+    for _ in range(3):
+        clock.now += 1000
+        assert health.look(timeout=10, used=True)
+        assert health.stalled() is None
 
 
 def test_an_engine_that_was_taken_away_is_not_missed(endpoint, health, clock):
