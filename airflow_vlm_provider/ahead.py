@@ -1,8 +1,9 @@
 """How many requests may have their media in memory at once, so that the engine never waits and little is held.
 
 Twice as many as the engine takes, and a few: what it takes may double in a moment. The engine has those, or they are
-ready for it. Requests that are on their way to it come on top, as many as there are on average: the longer media take to
-come, the more have to be fetched at once for the engine to get as many as it takes.
+ready for it. Requests whose media are still on their way come on top, as many as there are on average: the longer media
+take to come, the more have to be fetched at once for the engine to get as many as it takes. What was answered and could not
+be saved yet does not: a storage that hangs is no reason to ask more.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ class Ahead:
     """Bounds the requests whose media are in memory. For one event loop.
 
     :param window: How many requests the engine takes at the moment.
-    :param with_engine: How many it was given and has not answered.
+    :param in_preparation: How many requests' media are being fetched and made ready.
     :param most: The most that may be in memory, whatever the engine takes.
     """
 
-    def __init__(self, *, window: Callable[[], int], with_engine: Callable[[], int], most: int) -> None:
+    def __init__(self, *, window: Callable[[], int], in_preparation: Callable[[], int], most: int) -> None:
         self._window = window
-        self._with_engine = with_engine
+        self._in_preparation = in_preparation
         self._most = most
         self._on_their_way = 0.0
         self.places = Window(self._size())
@@ -38,8 +39,9 @@ class Ahead:
         """Follow what the engine takes, until cancelled."""
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
-            now = self.places.in_flight - self._with_engine()
-            self._on_their_way += (now - self._on_their_way) * SAMPLE_SECONDS / AVERAGE_SECONDS
+            self._on_their_way += (
+                (self._in_preparation() - self._on_their_way) * SAMPLE_SECONDS / AVERAGE_SECONDS
+            )
             self.places.resize(self._size())
 
     def _size(self) -> int:

@@ -67,6 +67,11 @@ class Bottleneck:
         """How many requests the engine was given and has not answered, those that wait in it included."""
         return self._asking
 
+    @property
+    def in_preparation(self) -> int:
+        """How many requests' media are being fetched and made ready."""
+        return self._preparing
+
     async def watch(self) -> None:
         """Look again and again, until cancelled."""
         while True:

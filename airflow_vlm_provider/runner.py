@@ -249,7 +249,7 @@ class ShardRunner:
         )
         ahead = Ahead(
             window=lambda: self.engine.window,
-            with_engine=lambda: self.bottleneck.with_engine,
+            in_preparation=lambda: self.bottleneck.in_preparation,
             most=self._ahead,
         )
         job = self._job(answers, threads, writers, ahead)

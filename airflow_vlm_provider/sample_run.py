@@ -174,7 +174,8 @@ class SampleRunner:
 
                 async def find() -> Answer:
                     if isinstance(request, Probe):
-                        return await self._in_thread(loading.probe)
+                        with self.bottleneck.preparing():
+                            return await self._in_thread(loading.probe)
                     return await self.answering.ask(loading.key, ready)
 
                 given = await self.answering.answer(

@@ -74,9 +74,9 @@ class ServerLaw:
         there = metrics.running + metrics.waiting
         # Some are on their way, and behind one address there may be more servers than the one that told of itself.
         load = max(in_flight, there)
-        if not load:
+        if not load or metrics.tells_nothing:
             return
-        if metrics.queued == 0:
+        if metrics.waiting == 0:
             if full:
                 # What the server has not got yet, it has not shown that it can take.
                 size = in_flight * (1 + self._boost * metrics.running / load)
@@ -88,7 +88,7 @@ class ServerLaw:
         self._boost = SPARE_SHARE
         running = load * metrics.running / there
         spare = SPARE if metrics.kv_cache >= FULL_CACHE else max(SPARE, running * SPARE_SHARE)
-        missing = spare * math.sqrt(in_flight / load) - in_flight * metrics.queued / there
+        missing = spare * math.sqrt(in_flight / load) - in_flight * metrics.waiting / there
         if missing < 0 or full:
             # A window that was made smaller holds more than its size until enough have come back.
             size = max(self.size, in_flight) if full else in_flight
@@ -180,9 +180,9 @@ class Pressure:
         if self._server is None:
             self._server = ServerLaw(self._answers.size, self._most)
         full = peak >= self.size
-        if full:
+        if full and not metrics.tells_nothing:
             self._looks += 1
-            self._waiting += metrics.queued
+            self._waiting += metrics.waiting
             self._kv_cache += metrics.kv_cache
         self._server.look(metrics, in_flight=self._in_flight, full=full)
 
@@ -215,6 +215,10 @@ class Pressure:
             said.append(
                 f"No more than {self._most} requests were allowed at once. A larger concurrency (max_concurrency), or more "
                 "tasks at the same time, may make this faster."
+            )
+        elif self._looks and self._server is not None and not law.has_met_bounds:
+            said.append(
+                "The window was still growing: longer tasks, with more shards each, spend less of their time so."
             )
         elif said:
             said.append("A faster GPU or model, or fewer pixels and tokens for it, would make this faster.")

@@ -24,8 +24,8 @@ class Metrics:
     :param waiting: Requests that wait, for room or for something else.
     :param kv_cache: Share of the key-value cache in use, from 0 to 1.
     :param progress: Tokens read and written so far; stands still when nothing is computed.
-    :param deferred: Those of the waiting that wait for something else than room, such as a grammar that is still being
-        compiled. Older versions of vLLM don't tell.
+    :param deferred: Those of the waiting that vLLM calls deferred. Requests with a schema are, until they run, though their
+        grammar has long been compiled. Older versions of vLLM don't tell.
     """
 
     running: int
@@ -35,9 +35,9 @@ class Metrics:
     deferred: int = 0
 
     @property
-    def queued(self) -> int:
-        """Requests that wait for room."""
-        return max(0, self.waiting - self.deferred)
+    def tells_nothing(self) -> bool:
+        """Whether those who wait may wait for something else than room: nothing runs, and a first grammar is compiled."""
+        return self.running == 0 and 0 < self.waiting <= self.deferred
 
 
 def read_metrics(text: str) -> Metrics | None:

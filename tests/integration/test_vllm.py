@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from airflow_vlm_provider.engines.openai import OpenAIEngine
+from airflow_vlm_provider.engines.vllm_metrics import Metrics, read_metrics
 from airflow_vlm_provider.hooks.vlm import VLMHook
 from airflow_vlm_provider.operators.image_captioning import ImageCaptioningOperator
 from airflow_vlm_provider.operators.image_tagging import ImageTaggingVLMOperator
+from airflow_vlm_provider.types import Request
 from demo.drawings import draw
-from tests.support.vllm_server import count, require_vllm, start_vllm
+from tests.support.vllm_server import count, metrics, require_vllm, start_vllm
 
 pytestmark = pytest.mark.integration
 
@@ -129,6 +133,33 @@ def test_four_captions_of_a_drawing_are_one_request(connect, base_url, dataset, 
     captions = [row["text"] for number, row in enumerate(rows) if number % 5]
     truth = [drawing.caption for drawing in drawings for _ in range(4)]
     assert sum(word in text for word, text in zip(truth, captions, strict=True)) >= 0.9 * len(truth)
+
+
+def test_requests_with_a_schema_that_wait_for_room_are_told_of_as_such(base_url):
+    words = {"type": "string", "minLength": 20, "maxLength": 24}
+    schema = {"type": "array", "items": words, "minItems": 20, "maxItems": 20}
+    looks: list[Metrics | None] = []
+
+    async def ask_all() -> None:
+        engine = OpenAIEngine(base_url=base_url, api_key=KEY, model="demo", concurrency=32, timeout=300)
+
+        async def ask(number: int) -> None:
+            sampling = {"max_tokens": 600, "temperature": 1.0, "seed": number}
+            await engine.ask(Request(None, (f"{number}?",), schema=schema, sampling=sampling))
+
+        async with engine:
+            asking = asyncio.gather(*map(ask, range(64)))
+            while not asking.done():
+                looks.append(read_metrics(await asyncio.to_thread(metrics, base_url)))
+                await asyncio.sleep(0.1)
+            await asking
+
+    asyncio.run(ask_all())
+    # It has 16 places. vLLM calls such requests deferred until they run, though there is nothing but room that they lack.
+    full = [each for each in looks if each is not None and each.running >= 8 and each.waiting >= 8]
+    assert full
+    assert any(each.deferred >= 8 for each in full)
+    assert not any(each.tells_nothing for each in full)
 
 
 def test_the_connection_test_knows_the_served_model(connect):

@@ -103,13 +103,18 @@ def start_together(*servers: AbstractContextManager[str]) -> Iterator[list[str]]
         yield list(threads.map(stack.enter_context, servers))
 
 
+def metrics(base_url: str) -> str:
+    """What the server tells of itself."""
+    with urllib.request.urlopen(base_url.removesuffix("/v1") + "/metrics", timeout=30) as response:
+        text: str = response.read().decode()
+    return text
+
+
 def count(base_url: str, metric: str, **labels: str) -> float:
     """What the server itself has counted: the sum of a metric over all its labels but those that are given."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    url = base_url.removesuffix("/v1") + "/metrics"
-    with urllib.request.urlopen(url, timeout=10) as response:
-        families = list(text_string_to_metric_families(response.read().decode()))
+    families = list(text_string_to_metric_families(metrics(base_url)))
     samples = [sample for family in families for sample in family.samples if sample.name == metric]
-    assert samples, f"{url} has no {metric}"
+    assert samples, f"{base_url} has no {metric}"
     return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())

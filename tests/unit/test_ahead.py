@@ -29,22 +29,26 @@ def run(slots: int, seconds: float, *, media_seconds: float) -> Seen:
     """Ask a server that works on so many requests at once, each with media that take a while to come."""
 
     async def main() -> Seen:
+        on_their_way = 0
         server = Server(slots, lambda draw, running: seconds * draw.uniform(0.5, 1.5))
         pressure = Pressure(128)
         window = Window(pressure.size)
         ahead = Ahead(
             window=lambda: window.size,
-            with_engine=lambda: window.in_flight + window.waiting,
+            in_preparation=lambda: on_their_way,
             most=MOST,
         )
         threads = asyncio.Semaphore(THREADS)
         now = asyncio.get_running_loop().time
 
         async def one() -> None:
+            nonlocal on_their_way
             while True:
                 async with ahead.places:
+                    on_their_way += 1
                     async with threads:
                         await asyncio.sleep(media_seconds * server.draw.uniform(0.5, 1.5))
+                    on_their_way -= 1
                     async with window:
                         sent = pressure.send(now())
                         await server.ask()
@@ -93,3 +97,17 @@ def test_with_media_that_come_fast_few_are_held(slots, seconds):
 def test_media_that_can_not_come_fast_enough_are_no_reason_to_hold_more_than_the_most():
     seen = run(64, 0.5, media_seconds=10.0)
     assert seen.most_held == MOST
+
+
+def test_what_was_answered_and_can_not_be_saved_is_no_reason_to_ask_more():
+    async def main() -> int:
+        ahead = Ahead(window=lambda: 2, in_preparation=lambda: 0, most=MOST)
+        watching = asyncio.create_task(ahead.watch())
+        held = [asyncio.create_task(ahead.places.acquire()) for _ in range(MOST)]
+        await asyncio.sleep(60)
+        for task in (watching, *held):
+            task.cancel()
+        await asyncio.gather(watching, *held, return_exceptions=True)
+        return ahead.places.in_flight
+
+    assert run_in_virtual_time(main()) == 2 * 2 + 8

@@ -360,7 +360,7 @@ def test_the_first_window_is_smaller_the_more_tasks_there_are():
     assert Pressure(MOST, first=8).size == 8
 
 
-# Requests that wait for something else than room
+# Requests with a schema, which are deferred until they run
 
 
 def test_requests_whose_grammars_are_still_compiled_are_no_sign_that_there_is_no_room():
@@ -370,10 +370,21 @@ def test_requests_whose_grammars_are_still_compiled_are_no_sign_that_there_is_no
     for _ in range(5):
         pressure.look(Metrics(0, FIRST_SIZE, 0.0, 0, deferred=FIRST_SIZE))
     # Nor one that there is more.
-    assert (pressure.size, pressure.is_limited) == (FIRST_SIZE, False)
-    pressure.look(Metrics(20, FIRST_SIZE - 20, 0.1, 0, deferred=FIRST_SIZE - 20))
-    assert pressure.size > FIRST_SIZE
-    assert "0.0 requests waiting" in str(pressure.sentence())
+    assert (pressure.size, pressure.is_limited, pressure.sentence()) == (FIRST_SIZE, False, None)
+
+
+def test_on_a_full_server_they_wait_for_room_like_any_other():
+    pressure = Pressure(MOST)
+    for _ in range(20):
+        while pressure.in_flight < pressure.size:
+            pressure.send(0.0)
+        waiting = pressure.in_flight - 16
+        pressure.look(Metrics(16, waiting, 0.3, 0, deferred=waiting))
+        while pressure.in_flight > pressure.size:
+            pressure.end(Sent(0, 0.0), 0.0, "answered")
+    assert 16 < pressure.size <= 24
+    assert pressure.is_limited
+    assert "A faster GPU or model" in str(pressure.sentence())
 
 
 # What is said of it
@@ -403,6 +414,17 @@ def test_a_full_cache_is_said_with_what_makes_room_in_it():
     _full(pressure)
     pressure.look(Metrics(26, 6, 0.97, 0))
     assert "97% of its cache in use. Smaller media (max_pixels)" in str(pressure.sentence())
+
+
+def test_of_a_window_that_was_still_growing_this_is_said():
+    pressure = Pressure(MOST, first=4)
+    for running in (4, 8):
+        while pressure.in_flight < pressure.size:
+            pressure.send(0.0)
+        pressure.look(Metrics(running, 0, 0.1, 0))
+    said = str(pressure.sentence())
+    assert "The window was still growing: longer tasks" in said
+    assert "GPU" not in said
 
 
 def test_where_requests_are_turned_away_a_faster_engine_is_not_what_helps():

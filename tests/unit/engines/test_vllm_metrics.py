@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from airflow_vlm_provider.engines.vllm_metrics import Metrics, read_engines, read_metrics
 
 TEXT = """\
@@ -37,17 +39,26 @@ def test_engines_are_added_up_and_the_fullest_cache_counts():
     assert read_metrics(TEXT) == Metrics(running=5, waiting=10, kv_cache=0.75, progress=1_500_541.0)
 
 
-def test_requests_that_wait_for_something_else_than_room_are_told_apart():
+def test_requests_that_are_deferred_are_told_apart():
     deferred = 'vllm:num_requests_waiting_by_reason{engine="0",model_name="org/m",reason="deferred"} 4.0\n'
     engines = read_engines(TEXT + deferred)
-    assert (engines["0"].waiting, engines["0"].deferred, engines["0"].queued) == (10, 4, 6)
+    assert (engines["0"].waiting, engines["0"].deferred) == (10, 4)
     together = read_metrics(TEXT + deferred + deferred.replace('"0"', '"1"').replace("4.0", "3.0"))
     assert together is not None
-    assert (together.waiting, together.deferred, together.queued) == (10, 7, 3)
+    assert (together.waiting, together.deferred) == (10, 7)
     # A version that does not tell.
     without = read_metrics("\n".join(line for line in TEXT.splitlines() if "by_reason" not in line))
     assert without is not None
-    assert without.queued == without.waiting == 10
+    assert (without.waiting, without.deferred) == (10, 0)
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "deferred", "nothing"),
+    [(0, 32, 32, True), (1, 31, 31, False), (0, 32, 31, False), (0, 0, 0, False), (0, 2, 0, False)],
+)
+def test_who_waits_while_nothing_runs_may_wait_for_a_grammar(running, waiting, deferred, nothing):
+    metrics = Metrics(running, waiting, 0.0, 0.0, deferred=deferred)
+    assert metrics.tells_nothing is nothing
 
 
 def test_metrics_of_something_else_are_none():
