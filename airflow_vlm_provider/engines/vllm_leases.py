@@ -24,7 +24,7 @@ from airflow_vlm_provider.engines.vllm_folder import EngineFolder, ServerFolder
 from airflow_vlm_provider.engines.vllm_settings import FIRST_STARTS, KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import ServerSpec, without_secrets
 from airflow_vlm_provider.engines.vllm_state import ServerState
-from airflow_vlm_provider.errors import ConfigError, EngineError
+from airflow_vlm_provider.errors import ConfigError, EngineError, VLMError
 
 POLL = 0.05
 # A keeper is there in a tenth of a second; a busy machine takes longer.
@@ -90,6 +90,8 @@ class Lease:
         self._say = say
         self._said = ""
         self._lease: tuple[Path, int] | None = None
+        # Whose server it is on, while it is held.
+        self._keeper: str | None = None
         try:
             self.server: ServerFolder = folder.server(spec.key)
             """The server's folder."""
@@ -164,7 +166,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the claim back; nothing happens when there is none."""
-        lease, self._lease = self._lease, None
+        lease, self._lease, self._keeper = self._lease, None, None
         if lease is not None:
             path, file = lease
             path.unlink(missing_ok=True)
@@ -174,25 +176,33 @@ class Lease:
         """Take a lease on the server of a keeper.
 
         :return: The keeper's name, and its lock where it is this task's to start; None when it gives no lease.
+        :raises ConfigError, EngineError: the one that this lease is on has failed.
         """
         with self.server.gate():
+            state = self.server.read_state()
+            if state is not None and state.keeper == self._keeper and state.phase == "failed":
+                # Another one would begin with as many restarts as this one had, again and again.
+                raise self._failure(state)
             if not self.server.has_keeper():
-                self._take()
                 keeper = uuid.uuid4().hex[:12]
+                self._take(keeper)
                 self._announce(keeper)
                 return keeper, self.server.keeper_lock()
-            state = self.server.read_state()
             # Who has a lease already is among those whom the server waits for.
             ended = ("stopping", "stopped", "failed", *(() if self._lease else ("draining",)))
             if state is None or state.phase in ended:
                 self.release()
                 return None
-            self._take()
+            self._take(state.keeper)
             return state.keeper, None
 
-    def _take(self) -> None:
+    def _take(self, keeper: str) -> None:
         if self._lease is None:
             self._lease = self.server.take_lease(self._holder)
+        self._keeper = keeper
+
+    def _failure(self, state: ServerState) -> VLMError:
+        return (ConfigError if state.lasting else EngineError)(f"{self.spec.model}: {state.error}")
 
     def _wait(self, keeper: str, stopped: Callable[[], bool]) -> Attached | None:
         """Wait until this keeper's server is ready; None when the keeper has ended without a word."""
@@ -207,7 +217,7 @@ class Lease:
                 if state.phase in ("ready", "draining"):
                     return Attached(keeper, str(state.url), str(state.api_key), state.loads, self._tasks())
                 if state.phase == "failed":
-                    raise (ConfigError if state.lasting else EngineError)(f"{self.spec.model}: {state.error}")
+                    raise self._failure(state)
                 self._tell(_progress(state, self.spec))
             if ended:
                 return None
