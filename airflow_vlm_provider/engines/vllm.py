@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ from airflow_vlm_provider.engines.vllm_folder import EngineFolder
 from airflow_vlm_provider.engines.vllm_leases import Attached, Lease
 from airflow_vlm_provider.engines.vllm_settings import KeeperSettings
 from airflow_vlm_provider.engines.vllm_spec import DEFAULT_COMMAND, ServerSpec, influence, pick_gpus
-from airflow_vlm_provider.engines.vllm_turns import Turns
+from airflow_vlm_provider.engines.vllm_turns import POLL, Turns
 from airflow_vlm_provider.errors import EngineError, TransientError, VLMError
 from airflow_vlm_provider.types import Answer, Request
 
@@ -39,6 +40,8 @@ T = TypeVar("T")
 WATCH_SECONDS = 0.5
 # Once, where a request has killed the server before: it is only started again so many times.
 SUSPECT_AFTER, SUSPECT_AGAIN_AFTER = 2, 1
+# Even if it was never alone: no more often than a keeper starts the server again.
+GIVEN_UP_AFTER = 5
 # Whether the server is gone is for its keeper to tell, long before this.
 _OUTAGE_SECONDS = 3600.0
 
@@ -162,28 +165,45 @@ class VLLMEngine:
         """See :class:`~airflow_vlm_provider.engines.base.Engine`."""
         lost = 0
         while True:
-            alone = lost >= self._suspect_after
-            if not alone:
-                # Before its turn, so that suspects come first when the server is back.
-                await self._running()
-            turns = self._turns
-            assert turns is not None
-            async with turns.alone() if alone else turns.beside_others():
-                asking = await self._ask(request)
+            if lost < self._suspect_after:
+                asking, blamed = await self._ask_beside_others(request), False
+            else:
+                asking, blamed = await self._ask_alone(request)
             if not asking.cancelled():
                 return asking.result()
             lost += 1
-            if alone:
+            if blamed or lost >= GIVEN_UP_AFTER:
                 self._suspect_after = SUSPECT_AGAIN_AFTER
                 raise TransientError(
-                    f"The vLLM server of {self.model} was lost {lost} times while it worked on this request, the last "
-                    "time with no other request beside it.",
+                    f"The vLLM server of {self.model} was lost {lost} times while it worked on this request"
+                    + (", the last time with no other request beside it." if blamed else "."),
                     attempts=lost,
                 )
 
-    async def _ask(self, request: Request) -> asyncio.Future[Answer]:
-        """Ask the server that runs, or will: the answer, or a cancelled future if it was lost meanwhile."""
-        server = await self._running()
+    async def _ask_beside_others(self, request: Request) -> asyncio.Future[Answer]:
+        """Ask it with others beside it, see :meth:`_ask`."""
+        turns = self._turns
+        while True:
+            # Before its turn, so that suspects come first when the server is back.
+            await self._running()
+            assert turns is not None
+            async with turns.beside_others():
+                # If it was lost just now, a suspect is not to wait for this one through the load.
+                if self._server is None or self._server.done():
+                    return await self._ask(await self._running(), request)
+
+    async def _ask_alone(self, request: Request) -> tuple[asyncio.Future[Answer], bool]:
+        """Ask it with no other beside it, see :meth:`_ask`; and whether none was to the end."""
+        turns = self._turns
+        assert turns is not None
+        async with turns.alone() as turn:
+            server = await self._current()
+            turn.begin()
+            asking = await self._ask(server, request)
+            return asking, turn.is_alone
+
+    async def _ask(self, server: _Server, request: Request) -> asyncio.Future[Answer]:
+        """Ask the server: the answer, or a cancelled future if it was lost meanwhile."""
         asking = asyncio.ensure_future(server.engine.ask(request))
         server.asking.add(asking)
         try:
@@ -193,6 +213,22 @@ class VLLMEngine:
             server.asking.discard(asking)
             self.takes_video = self.takes_video and server.engine.takes_video
         return asking
+
+    async def _current(self) -> _Server:
+        """The server, once it runs for certain.
+
+        It may have been lost to another task's suspect, which that task knows already and this one does not. Who is asked
+        there would be blamed for a loss before its time.
+        """
+        while True:
+            server, future, lease = await self._running(), self._server, self._lease
+            assert lease is not None
+            # What can't be looked at now is for the watcher to give up, or to find again.
+            with suppress(OSError):
+                is_current = await self._in_thread(partial(lease.is_current, server.attached))
+                if is_current and self._server is future:
+                    return server
+            await asyncio.sleep(POLL)
 
     async def _running(self) -> _Server:
         """The server, once it runs."""

@@ -131,6 +131,126 @@ def test_a_request_of_one_task_that_kills_the_server_costs_no_other_task_an_answ
         assert [text.partition(": ")[2] for text in texts] == [f"{name} {text}" for text in TEXTS[:10]]
 
 
+def test_a_suspect_is_not_asked_where_another_tasks_suspect_has_killed_the_server(worker):
+    worker.fake.control(poison="deadly", answer_seconds=0.3)
+
+    async def run():
+        async with worker.engine() as bad, worker.engine() as good:
+            for each in (bad, good):
+                each._suspect_after = 0
+            server, follow, noticed = worker.server(worker.spec()), good._follow, asyncio.Event()
+
+            async def late():
+                await noticed.wait()
+                await follow()
+
+            good._follow = late
+            dying = asyncio.create_task(ask_all(bad, ["a deadly one"]))
+            await until(server.has_suspect)
+            asking = asyncio.create_task(ask_all(good, ["innocent"]))
+            (poison,) = await dying
+            # Its turn has come, but the server that its task knows is the one that is dead.
+            await until(server.has_suspect)
+            await asyncio.sleep(0.5)
+            noticed.set()
+            return poison, *await asking
+
+    poison, innocent = asyncio.run(run())
+    assert "lost 1 times" in str(poison)
+    assert "no other request beside it" in str(poison)
+    assert innocent == "innocent"
+    assert worker.fake.asked() == ["innocent"]
+
+
+def test_who_has_its_turn_when_the_server_is_lost_keeps_no_suspect_waiting_through_the_load(worker):
+    async def run():
+        async with worker.engine() as engine:
+            server = worker.server(worker.spec())
+            suspect = server.try_suspect()
+            asking = asyncio.create_task(ask_all(engine, ["q"]))
+            await asyncio.sleep(0.3)
+            worker.fake.control(load_seconds=3600)
+            os.kill(worker.fake.starts()[0]["pid"], signal.SIGKILL)
+            await until(lambda: not engine._server.done())
+            os.close(suspect)
+            await asyncio.sleep(0.5)
+            suspect = server.try_asking(shared=False)
+            asking.cancel()
+            return suspect
+
+    suspect = asyncio.run(run())
+    assert suspect is not None
+    os.close(suspect)
+
+
+def test_a_suspect_that_was_never_alone_is_given_up_at_last(worker):
+    worker.fake.control(poison="deadly")
+
+    async def run():
+        async with worker.engine(timeout=1) as engine:
+            engine._suspect_after = 0
+            # As a child of a task that has ended may.
+            held = worker.server(worker.spec()).try_asking(shared=True)
+            answers = await ask_all(engine, ["a deadly one"])
+            os.close(held)
+            # No harm is done to those that come later.
+            return answers + await ask_all(engine, ["later"])
+
+    poison, later = asyncio.run(run())
+    assert isinstance(poison, TransientError)
+    assert "lost 5 times while it worked on this request." in str(poison)
+    assert later == "later"
+
+
+def test_a_keeper_that_fails_ends_the_tasks_that_use_its_server(worker, tmp_path, monkeypatch):
+    failing = tmp_path / "fail"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os\n"
+        "from airflow_vlm_provider.engines.vllm_health import Health\n"
+        "look = Health.look\n"
+        "def fails(*args, **kwargs):\n"
+        f"    if os.path.exists({str(failing)!r}):\n"
+        "        raise MemoryError('no thread can be started')\n"
+        "    return look(*args, **kwargs)\n"
+        "Health.look = fails\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{Path(__file__).parents[2]}")
+    worker.fake.control(answer_seconds=30)
+
+    async def run():
+        async with worker.engine() as engine, worker.engine() as other:
+            asking = [asyncio.create_task(ask_all(each, TEXTS[:2])) for each in (engine, other)]
+            await asyncio.sleep(0.3)
+            follow, ended = other._follow, asyncio.Event()
+
+            async def late():
+                await ended.wait()
+                await follow()
+
+            # One looks as soon as may be, the other one when the keeper has ended.
+            other._follow = late
+            failing.touch()
+            answers = await asking[0]
+            await asyncio.to_thread(worker.wait_for_end, worker.spec())
+            ended.set()
+            return answers + await asking[1]
+
+    answers = asyncio.run(run())
+    assert {type(each) for each in answers} == {EngineError}
+    assert all("keeper failed (MemoryError: no thread can be started)" in str(each) for each in answers)
+    assert len(worker.fake.starts()) == 1
+    failing.unlink()
+    # Airflow's retry.
+    worker.fake.control()
+
+    async def again():
+        async with worker.engine() as engine:
+            return await ask_all(engine, ["q"])
+
+    assert asyncio.run(again()) == ["q"]
+
+
 def test_a_server_that_can_not_be_had_again_is_told_to_all_who_ask(worker):
     worker.fake.control(answer_seconds=30)
 

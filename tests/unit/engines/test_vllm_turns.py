@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
+import signal
 
 import pytest
 
@@ -138,15 +140,67 @@ def test_who_is_cancelled_keeps_nobody_waiting(server):
     asyncio.run(run())
 
 
+def test_a_suspect_whose_time_is_up_is_asked_beside_the_others(server):
+    async def run():
+        mine, others, asked = Turns(server, patience=0.2), Turns(server, patience=0.2), Asked()
+        async with mine.alone() as turn:
+            # As long as it is not asked yet, since the server is being loaded, its time does not pass.
+            async with (
+                asking(asked, others.beside_others(), "b") as b,
+                asking(asked, mine.beside_others(), "a"),
+            ):
+                await asyncio.sleep(0.5)
+                assert (asked.now, turn.is_alone) == ([], True)
+                turn.begin()
+                await until(lambda: len(asked.now) == 2)
+                assert not turn.is_alone
+                b.set()
+            # It is in flight, and is not to be beside a suspect that believes itself alone.
+            async with others.alone() as second, mine.alone() as third:
+                assert not second.is_alone
+                assert not third.is_alone
+        async with others.alone() as turn:
+            turn.begin()
+            return turn.is_alone
+
+    assert asyncio.run(run())
+
+
 def test_what_a_dead_tasks_child_still_holds_does_not_keep_a_suspect_for_ever(server):
     held = server.try_asking(shared=True)
 
     async def run():
-        async with Turns(server, patience=0.1).alone():
-            return True
+        async with Turns(server, patience=0.1).alone() as turn:
+            # It may be a request as well: the suspect is not to be blamed, and others need not wait.
+            assert not turn.is_alone
+            async with Turns(server, patience=60).beside_others():
+                return True
 
     assert held is not None
     assert asyncio.run(run())
+    os.close(held)
+
+
+def test_a_child_that_outlives_the_turn_keeps_nobody_waiting(server):
+    children = []
+
+    async def run():
+        turns = Turns(server, patience=60)
+        for turn in (turns.alone, turns.beside_others):
+            async with turn():
+                children.append(os.fork())
+                if not children[-1]:
+                    signal.pause()
+                    os._exit(0)
+        async with Turns(server, patience=0.1).alone() as turn:
+            return turn.is_alone
+
+    try:
+        assert asyncio.run(asyncio.wait_for(run(), 20))
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_a_folder_that_was_deleted_keeps_no_request_from_being_answered(server):
@@ -154,6 +208,8 @@ def test_a_folder_that_was_deleted_keeps_no_request_from_being_answered(server):
 
     async def run():
         async with Turns(server, patience=60).beside_others():
-            return True
+            pass
+        async with Turns(server, patience=60).alone() as turn:
+            return turn.is_alone
 
-    assert asyncio.run(run())
+    assert asyncio.run(run()) is False
