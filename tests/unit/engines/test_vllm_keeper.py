@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,25 @@ def test_gpus_are_taken_in_one_order_so_that_no_two_keepers_wait_for_each_other(
         orders.append(order)
     assert orders[0] == orders[1] == orders[2]
     assert len(set(orders[0])) == 3
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_waits_for_a_gpu_already_may_look_twice_before_a_newcomer_takes_it(keeper, monkeypatch, waits):
+    made, done = keeper("0", "1"), []
+    claim = EngineFolder.claim
+    monkeypatch.setattr(EngineFolder, "claim", lambda self, gpu: done.append(gpu) or claim(self, gpu))
+    monkeypatch.setattr(made, "_is_over", lambda: done.append("tick"))
+    with made._folder.wanting("1") if waits else contextlib.nullcontext():
+        assert made._claim_gpus()
+    assert done == [*(["tick"] * 2 if waits else []), "0", "1"]
+
+
+def test_a_newcomer_that_nobody_needs_any_more_takes_no_gpu(keeper, monkeypatch):
+    made = keeper("0")
+    monkeypatch.setattr(made, "_is_over", lambda: True)
+    with made._folder.wanting("0"):
+        assert not made._claim_gpus()
+    assert made._gpus == {}
 
 
 def test_restarts_are_counted_within_a_while_only(keeper, monkeypatch):
