@@ -145,16 +145,12 @@ def test_a_suspect_whose_time_is_up_is_asked_beside_the_others(server):
         mine, others, asked = Turns(server, patience=0.2), Turns(server, patience=0.2), Asked()
         async with mine.alone() as turn:
             # As long as it is not asked yet, since the server is being loaded, its time does not pass.
-            async with (
-                asking(asked, others.beside_others(), "b") as b,
-                asking(asked, mine.beside_others(), "a"),
-            ):
+            async with asking(asked, others.beside_others(), "other"):
                 await asyncio.sleep(0.5)
                 assert (asked.now, turn.is_alone) == ([], True)
                 turn.begin()
-                await until(lambda: len(asked.now) == 2)
+                await until(lambda: asked.now == ["other"])
                 assert not turn.is_alone
-                b.set()
             # It is in flight, and is not to be beside a suspect that believes itself alone.
             async with others.alone() as second, mine.alone() as third:
                 assert not second.is_alone
