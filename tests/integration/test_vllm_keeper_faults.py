@@ -189,9 +189,12 @@ def test_restarts_are_bounded(worker):
     assert "was ended by SIGKILL" in state.error
     assert not state.lasting
     assert state.api_key is None
-    # The next task may have more luck.
     worker.wait_for_end(spec)
-    assert lease.attach().loads == 1
+    # Who used it is told, and has no other one started, whose restarts would be counted anew.
+    with pytest.raises(EngineError, match="was ended by SIGKILL"):
+        lease.attach()
+    # The next task may have more luck.
+    assert worker.lease(spec).attach().loads == 1
 
 
 def test_a_port_that_somebody_takes_before_the_server_has_it(worker):
