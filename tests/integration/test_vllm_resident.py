@@ -5,6 +5,7 @@ One server is enough for all of it, as it takes minutes to start on a small mach
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -127,9 +128,12 @@ def test_tasks_share_a_server_that_survives_its_death_and_ends_with_its_keeper(t
         *(tmp_path / "tasks").glob("*.log"),
     ]
     assert not any(key in path.read_text(errors="replace") for path in files)
+    lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if is_running(int(path.parent.name)):
-            assert key not in path.read_text(errors="replace")
+        with contextlib.suppress(OSError):
+            lines.append(path.read_text(errors="replace"))
+    assert any("vllm" in line for line in lines)
+    assert not any(key in line for line in lines)
 
     # Nobody is left to end it but the guard.
     alive = members(session=again.server_pid, output=again.server_output)

@@ -60,7 +60,8 @@ def is_running(pid: int) -> bool:
     """Whether a process runs, and is none of a fake's that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
+    # It may end while it is read about.
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
