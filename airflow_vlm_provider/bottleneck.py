@@ -63,11 +63,6 @@ class Bottleneck:
             self._asking -= 1
 
     @property
-    def with_engine(self) -> int:
-        """How many requests the engine was given and has not answered, those that wait in it included."""
-        return self._asking
-
-    @property
     def in_preparation(self) -> int:
         """How many requests' media are being fetched and made ready."""
         return self._preparing

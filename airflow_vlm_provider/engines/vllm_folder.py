@@ -240,10 +240,9 @@ class ServerFolder:
         self._write(self._pin(name), {"name": name, "until": until})
 
     def unpin(self, name: str) -> bool:
-        """Take a pin back; whether there was one. Behind the gate."""
-        path = self.path / self._pin(name)
-        found = path.exists()
-        path.unlink(missing_ok=True)
+        """Take a pin back; whether there was one that has not ended. Behind the gate."""
+        found = name in self.pins()
+        (self.path / self._pin(name)).unlink(missing_ok=True)
         return found
 
     def pins(self) -> list[str]:

@@ -157,10 +157,12 @@ class Lease:
         with self.server.gate():
             self.server.pin(name, until=until)
 
-    def unpin(self, name: str) -> bool:
-        """Take a pin back, and have the server stopped if nobody needs it; whether it is."""
+    def unpin(self, name: str) -> bool | None:
+        """Take a pin back, and have the server stopped if nobody needs it; whether it is. None when there was no such pin."""
         with self.server.gate():
-            if not self.server.unpin(name) or self.server.leases() or self.server.pins():
+            if not self.server.unpin(name):
+                return None
+            if self.server.leases() or self.server.pins():
                 return False
             return self.server.signal_keeper(signal.SIGUSR1)
 

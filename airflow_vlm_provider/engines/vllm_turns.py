@@ -10,6 +10,9 @@ Invariants:
 - A suspect that takes too long, or for which the others do, goes on as one of the others: it has its part in the second
   before it gives the first back. It is not alone then, and a loss does not tell against it.
 - A lock that can't be had, as when the folder was deleted, keeps no request from being answered; nobody is alone then.
+
+Locks are looked at in the event loop: none is waited for there, and on a local disk a look takes 10 microseconds, less than
+to hand it to a thread.
 """
 
 from __future__ import annotations

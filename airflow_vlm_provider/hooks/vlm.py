@@ -138,11 +138,13 @@ class VLMHook(BaseHook):
         if importlib.util.find_spec(engine) is not None:
             package = f"The package {engine} is installed where this test ran."
         else:
-            elsewhere = ", or [vlm] vllm_command to name a vLLM of another environment" * (engine == "vllm")
             package = (
                 f"The package {engine} is not installed where this test ran; workers need "
-                f"'airflow-provider-vlm[{engine}]'{elsewhere}."
+                f"'airflow-provider-vlm[{engine}]'"
             )
+            if engine == "vllm":
+                package += ", or [vlm] vllm_command to name a vLLM of another environment"
+            package += "."
         return True, (
             f"Connection {self.vlm_conn_id!r}: its fields are valid. The engine {engine} runs on the worker, "
             f"so there is no endpoint to ask. {will_load} there, where this test does not look. {package}"

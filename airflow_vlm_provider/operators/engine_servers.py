@@ -136,11 +136,8 @@ class StopEngineOperator(_EngineServerOperator):
             lease = self._engine(context).make_lease()
         except (ConfigError, AirflowNotFoundException) as error:
             raise AirflowFailException(str(error)) from error
-        pin = self._pin(context)
-        with lease.server.gate():
-            kept = pin in lease.server.pins()
-        stopped = lease.unpin(pin)
-        if not kept:
+        stopped = lease.unpin(self._pin(context))
+        if stopped is None:
             self.log.warning(
                 "No vLLM server is kept for this run on this worker. If StartEngineOperator ran on another worker, its "
                 "server is kept there until max_hours have passed, or until `airflow vlm engine stop --force KEY` there. "
@@ -150,4 +147,4 @@ class StopEngineOperator(_EngineServerOperator):
             self.log.info("vLLM is told to stop")
         else:
             self.log.info("vLLM is left to those who use it")
-        return {"key": lease.server.key, "stopped": stopped}
+        return {"key": lease.server.key, "stopped": bool(stopped)}

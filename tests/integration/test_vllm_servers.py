@@ -207,9 +207,11 @@ def test_a_pin_has_an_end(worker):
     spec = worker.spec()
     lease = worker.lease(spec, idle_timeout=0.3)
     lease.attach()
-    lease.pin("a run", until=time.time() + 1)
+    until = time.time() + 1
+    lease.pin("a run", until=until)
     lease.release()
     worker.wait_for_end(spec)
+    assert time.time() >= until
 
 
 def test_who_is_not_done_keeps_the_server_that_another_run_gives_back(worker):

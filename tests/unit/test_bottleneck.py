@@ -13,21 +13,25 @@ from tests.support.place import Place
 
 def test_the_engine_binds_when_it_has_as_many_as_it_takes_else_what_is_prepared_else_the_source():
     # Of three that the engine has, two are under way.
-    gauge = Bottleneck(lambda: 2, lambda: min(2, gauge.with_engine))
+    under_way = 0
+    gauge = Bottleneck(lambda: 2, lambda: under_way)
     for _ in range(2):
         gauge.look()
         with gauge.preparing():
             gauge.look()
+            assert gauge.in_preparation == 1
             with gauge.asking():
+                under_way = 1
                 gauge.look()
                 with gauge.asking():
+                    under_way = 2
                     gauge.look()
         with gauge.asking(), gauge.asking(), gauge.asking():
-            assert gauge.with_engine == 3
             gauge.look()
+        under_way = 0
     with pytest.raises(ValueError), gauge.preparing(), gauge.asking():
         raise ValueError
-    assert gauge.with_engine == 0
+    assert gauge.in_preparation == 0
     assert gauge.shares() == {"source": 0.2, "preparation": 0.4, "engine": 0.4}
     sentence = gauge.sentence()
     assert sentence is not None
@@ -62,7 +66,7 @@ def test_a_run_with_a_slow_engine_is_bound_by_it(tmp_path):
 
 def test_why_the_engine_took_no_more_is_said_when_it_was_the_engine():
     said: list[str | None] = ["vLLM had 3.1 requests waiting on average. A faster GPU would help."]
-    gauge = Bottleneck(lambda: 1, lambda: gauge.with_engine, lambda: said[0])
+    gauge = Bottleneck(lambda: 1, lambda: 1, lambda: said[0])
     for _ in range(10):
         gauge.look()
     assert str(gauge.sentence()).endswith(

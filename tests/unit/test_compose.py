@@ -188,7 +188,8 @@ def test_it_does_not_start_without(name):
 def test_it_starts_without_what_is_optional():
     needed = {name for name, kind, _ in variables_used() if kind == "?"}
 
-    compose_file({name: value for name, value in filled_env().items() if name in needed})
+    started = compose_file({name: value for name, value in filled_env().items() if name in needed})
+    assert started["services"].keys() == compose_file(filled_env())["services"].keys()
 
 
 @pytest.mark.parametrize("text", ["${A:-{}}", "${A:-a$b}", "${A}", "$A", "${A-b}"])

@@ -15,17 +15,18 @@ PLACES = {"source": "{{ params.source }}", "destination": "{{ params.destination
 PARAMS = {"source": Param("", type="string"), "destination": Param("", type="string")}
 RETRIED = {"retries": 5, "retry_delay": timedelta(seconds=1)}
 
+ASK = {
+    **PLACES,
+    "engine": "vllm",
+    "vlm_conn_id": "vlm_fake",
+    "prompt": "What is {text}?",
+    "concurrency": 2,
+    **RETRIED,
+}
+
 with DAG("ask", schedule=None, params=PARAMS):
     plan = PlanShardsOperator(task_id="plan", source=PLACES["source"], max_tasks=GROUPS)
-    VLMMapOperator.partial(
-        task_id="ask",
-        **PLACES,
-        engine="vllm",
-        vlm_conn_id="vlm_fake",
-        prompt="What is {text}?",
-        concurrency=2,
-        **RETRIED,
-    ).expand(shards=plan.output)
+    VLMMapOperator.partial(task_id="ask", **ASK).expand(shards=plan.output)
 
 with DAG("tag", schedule=None, params=PARAMS):
     plan = PlanShardsOperator(task_id="plan", source=PLACES["source"], max_tasks=GROUPS)
@@ -36,13 +37,4 @@ with DAG("tag", schedule=None, params=PARAMS):
 # With several executors, it is the executor that knows queues; those of LocalExecutor's tasks mean nothing.
 with DAG("ask_at_the_edge", schedule=None, params=PARAMS, default_args={"executor": "LocalExecutor"}):
     plan = PlanShardsOperator(task_id="plan", source=PLACES["source"], max_tasks=GROUPS)
-    VLMMapOperator.partial(
-        task_id="ask",
-        **PLACES,
-        engine="vllm",
-        vlm_conn_id="vlm_fake",
-        prompt="What is {text}?",
-        concurrency=2,
-        executor="EdgeExecutor",
-        **RETRIED,
-    ).expand(shards=plan.output)
+    VLMMapOperator.partial(task_id="ask", **ASK, executor="EdgeExecutor").expand(shards=plan.output)

@@ -132,12 +132,14 @@ def test_who_is_cancelled_keeps_nobody_waiting(server):
             running.cancel()
             await asyncio.gather(waiting, running, return_exceptions=True)
             asked.now.clear()
-            async with others.alone():
-                pass
+            async with others.alone() as turn_of_others:
+                assert turn_of_others.is_alone
             async with others.beside_others():
                 pass
 
     asyncio.run(run())
+    assert not server.has_suspect()
+    assert server.try_asking(shared=False) is not None
 
 
 def test_a_suspect_whose_time_is_up_is_asked_beside_the_others(server):

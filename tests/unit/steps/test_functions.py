@@ -144,7 +144,10 @@ def test_a_function_that_cannot_be_called_with_a_sample_is_refused(function, arg
 
 
 def test_a_version_stands_for_the_source():
-    check_function(eval("lambda s: s"), {}, version="1")
+    unseen = eval("lambda s: s")
+    with pytest.raises(ConfigError, match="version"):
+        check_function(unseen, {}, version=None)
+    assert check_function(unseen, {}, version="1") is None
 
 
 def test_arguments_are_recorded_as_json_values():
