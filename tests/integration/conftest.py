@@ -1,13 +1,15 @@
-"""What several integration tests share: models that are made once."""
+"""What several integration tests share: models that are made once, a worker with a fake vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.local_engines import Generate
 from tests.support.tiny_models import tiny_qwen, tiny_qwen3_vl
+from tests.support.vllm_workers import VLLMWorker, vllm_worker
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +38,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMWorker]:
+    """A worker with a fake vLLM, of which nothing may be left."""
+    with vllm_worker(tmp_path, monkeypatch) as made:
+        yield made

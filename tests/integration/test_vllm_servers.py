@@ -16,12 +16,6 @@ from tests.support.vllm_workers import eventually, is_running, vllm_worker
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture
-def worker(tmp_path, monkeypatch):
-    with vllm_worker(tmp_path, monkeypatch) as made:
-        yield made
-
-
 def test_sixteen_tasks_that_start_at_once_share_one_server(worker):
     spec = worker.spec()
     worker.fake.control(load_seconds=0.5)

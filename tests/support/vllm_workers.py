@@ -224,6 +224,27 @@ class VLLMWorker:
                 pipe.close()
 
 
+def kill(*pids: int) -> None:
+    """Kill processes, and wait until they have ended."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not any(is_running(pid) for pid in pids))
+
+
+def attach(worker: VLLMWorker, spec: ServerSpec, **settings: Any) -> tuple[Lease, Attached]:
+    """A lease on a server that is ready."""
+    lease = worker.lease(spec, **settings)
+    attached = lease.attach()
+    assert attached is not None
+    return lease, attached
+
+
+def guards(worker: VLLMWorker, spec: ServerSpec) -> list[int]:
+    """The processes that a keeper has forked: its guard."""
+    keeper = worker.state(spec).keeper_pid
+    return [pid for pid in worker.keeper_processes() if pid != keeper]
+
+
 @contextlib.contextmanager
 def vllm_worker(path: Path, monkeypatch: pytest.MonkeyPatch, *, gpus: str = "0,1") -> Iterator[VLLMWorker]:
     """A worker with these GPUs; all its servers are stopped at the end."""
