@@ -92,3 +92,13 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
     elif isinstance(value, str):
         yield value
+
+
+AS_IT_IS = compose_file()
+"""The file's content, with variables as they are where nobody sets them."""
+AIRFLOW = sorted(
+    name
+    for name, each in AS_IT_IS["services"].items()
+    if "AIRFLOW__CORE__EXECUTOR" in each.get("environment", {})
+)
+"""The services that are Airflow."""
