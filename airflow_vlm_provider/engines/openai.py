@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -70,6 +70,7 @@ class OpenAIEngine:
     :param detail: ``detail`` of every image (``low``, ``high``, ``auto``); None leaves it to the endpoint.
     :param max_attempts: Failed attempts after which a request is given up.
     :param outage_timeout: Seconds without any answer after which the endpoint is given up.
+    :param before_retry: Awaited before a request that failed is sent again.
     :raises ConfigError: a parameter is out of range, or the address or the key cannot be used.
     """
 
@@ -94,6 +95,7 @@ class OpenAIEngine:
         detail: str | None = None,
         max_attempts: int = 8,
         outage_timeout: float = 120.0,
+        before_retry: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         if (client is None) == (base_url is None):
             raise TypeError("Give either client or base_url.")
@@ -145,6 +147,7 @@ class OpenAIEngine:
             tokens_per_minute=tokens_per_minute,
         )
         self._estimate = TokenEstimate() if tokens_per_minute else None
+        self._before_retry = before_retry
         self._backoff = wait_random_exponential(multiplier=1, max=60)
         self._client: AsyncOpenAI | None = None
         self._end: ConfigError | EngineError | None = None
@@ -225,6 +228,8 @@ class OpenAIEngine:
 
     async def _attempt(self, request: Request, turn: Turn) -> Answer:
         refused: set[str] = set()
+        if turn.sent and self._before_retry is not None:
+            await self._before_retry()
         async with self._limits.window:
             while True:
                 await self._limits.permit(self._tokens(request))

@@ -279,8 +279,20 @@ class VLLMEngine:
             timeout=self._timeout,
             detail=self._detail,
             outage_timeout=_OUTAGE_SECONDS,
+            before_retry=partial(self._before_retry, attached),
         )
         return _Server(attached, await engine.__aenter__())
+
+    async def _before_retry(self, attached: Attached) -> None:
+        """Wait as long as the server is not the one that failed to answer, until the watcher sees that, too.
+
+        Asked again by itself, a request would kill the next server without being counted as lost.
+        """
+        lease = self._lease
+        assert lease is not None
+        with suppress(OSError):
+            while not await self._in_thread(partial(lease.is_current, attached)):  # noqa: ASYNC110 - it will be cancelled
+                await asyncio.sleep(WATCH_SECONDS)
 
     async def _watch(self) -> None:
         """See to it that what is asked is the server that runs."""

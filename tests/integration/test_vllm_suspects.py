@@ -31,6 +31,32 @@ def test_a_request_that_kills_the_server_is_given_up_and_the_others_are_answered
     assert 3 <= len(worker.fake.starts()) <= 4
 
 
+def test_a_request_is_not_asked_of_the_next_server_before_the_loss_of_the_first_is_counted(worker):
+    worker.fake.control(poison="deadly")
+
+    async def run():
+        async with worker.engine() as engine:
+            follow, noticed = engine._follow, asyncio.Event()
+
+            async def late():
+                await noticed.wait()
+                await follow()
+
+            engine._follow = late
+            asking = asyncio.create_task(ask_all(engine, ["a deadly one"]))
+            await until(lambda: (state := worker.state(worker.spec())).loads == 2 and state.phase == "ready")
+            # Without an answer, it has long been tried again.
+            await asyncio.sleep(4)
+            starts = len(worker.fake.starts())
+            noticed.set()
+            return starts, *await asking
+
+    starts, poison = asyncio.run(run())
+    assert starts == 2
+    assert "lost 3 times while it worked on this request" in str(poison)
+    assert 3 <= len(worker.fake.starts()) <= 4
+
+
 def test_two_requests_that_kill_the_server_one_after_the_other_cost_no_third_its_answer(worker):
     worker.fake.control(poison="deadly", answer_seconds=0.3)
     texts = ["deadly 1", "a", "b", "c", "deadly 2", *TEXTS[:10]]
