@@ -21,6 +21,7 @@ from tests.support.torture import (
     IN_FLIGHT,
     WINDOW,
     Dataset,
+    Round,
     environment,
     sent,
     torn_segments,
@@ -63,51 +64,35 @@ def check(dataset: Dataset, destination: str, undisturbed: str) -> None:
     assert len(set(ids)) == len(ids) == dataset.rows
 
 
-def test_a_task_that_is_killed_over_and_over_ends_as_if_nothing_had_been(place):
+def stop_often(place, name: str, *, times: int, shards: int, rows: int, seed: int, **how) -> Round:
+    """Stop tasks so often, in as many rounds as it takes, and see after each that the output is as if nothing had been."""
     client, stub, tasks = place
-    rng = random.Random(KILLS)
-    kills = at_work = repeated = rounds = 0
-    while kills < KILLS:
+    rng, total, rounds = random.Random(seed), Round(), 0
+    while total.kills < times:
         # Each round has its own pictures: what another round has paid for would be of help.
-        dataset = Dataset(client, f"kill-{rounds}", shards=4, rows=60, seed=rounds)
-        done = torture(
-            tasks,
-            stub,
-            dataset.parameters("out"),
-            rng=rng,
-            most_kills=KILLS - kills,
-        )
+        dataset = Dataset(client, f"{name}-{rounds}", shards=shards, rows=rows, seed=seed + rounds)
+        parameters = dataset.parameters("out")
+        done = torture(tasks, stub, parameters, rng=rng, most_kills=times - total.kills, **how)
         # Not before: it would pay for the answers.
         tasks.run(**dataset.parameters("undisturbed"), overwrite=True)
         check(dataset, "out", "undisturbed")
         assert torn_segments(client, dataset.bucket, "out/") == []
-        assert done.repeated <= done.kills * WINDOW
-        kills, repeated, rounds = kills + done.kills, repeated + done.repeated, rounds + 1
-        at_work += done.kills_at_work
-    print(
-        f"{kills} kills in {rounds} rounds, {at_work} of them after the first request: {repeated} requests repeated, "
-        f"{kills * WINDOW} allowed"
-    )
-    assert kills >= KILLS
-    assert at_work >= KILLS // 2
+        rounds += 1
+        total.kills += done.kills
+        total.kills_at_work += done.kills_at_work
+        total.repeated += done.repeated
+    print(f"{total} in {rounds} rounds")
+    return total
+
+
+def test_a_task_that_is_killed_over_and_over_ends_as_if_nothing_had_been(place):
+    done = stop_often(place, "kill", times=KILLS, shards=4, rows=60, seed=KILLS)
+    assert done.repeated <= done.kills * WINDOW
+    assert done.kills_at_work >= KILLS // 2
 
 
 def test_a_task_that_is_told_to_stop_saves_what_it_paid_for(place):
-    client, stub, tasks = place
-    rng = random.Random(5)
-    dataset = Dataset(client, "term", shards=2, rows=120, seed=101)
-    done = torture(
-        tasks,
-        stub,
-        dataset.parameters("out"),
-        rng=rng,
-        most_kills=3,
-        stop=signal.SIGTERM,
-        longest=0.8,
-    )
-    tasks.run(**dataset.parameters("undisturbed"))
-    check(dataset, "out", "undisturbed")
-    assert done.kills == 3
+    done = stop_often(place, "term", times=3, shards=2, rows=120, seed=901, stop=signal.SIGTERM, longest=0.8)
     # Told, and not killed, it has time to save: only what was in flight is lost.
     assert done.repeated <= done.kills * IN_FLIGHT
 
