@@ -117,12 +117,11 @@ def test_a_timeout_ends_the_task_wherever_it_comes(make, place, seconds):
     # As Airflow does with `execution_timeout`: an exception out of a signal handler.
     engine = ScriptedEngine(lambda about: TAGS, delay=lambda about: 0.02, concurrency=2)
     task = make(engine)
-    started = time.monotonic()
     with pytest.raises(BaseException) as caught, timeout(seconds):
         task.execute(context())
     assert type(caught.value).__name__ == "AirflowTaskTimeout"
-    assert time.monotonic() - started < seconds + 3
     sent = len(engine.asked)
+    assert sent < 800
     time.sleep(0.3)
     assert len(engine.asked) == sent
     assert outputs(place) == []
