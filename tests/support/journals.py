@@ -13,6 +13,7 @@ from airflow_vlm_provider.ledger.manifest import Counts, Manifest, save_manifest
 from airflow_vlm_provider.ledger.records import to_line
 from airflow_vlm_provider.ledger.write_behind import Window
 from airflow_vlm_provider.types import Answer, Choice
+from tests.support.memory_files import MemoryFiles
 
 SHARD, STEP = "in/a.jsonl", "caption"
 FOLDER = f"_vlm/{SHARD}/{STEP}"
@@ -105,3 +106,22 @@ def written(files: Any, lines: list[bytes], *, answers: int = 512, committed: bo
         return []
 
     return list(asyncio.run(go()))
+
+
+async def reuse(files: Any, lines: list[bytes], new: list[bytes] | None = None) -> list[str]:
+    """What a later run does that has a use for some answers and asks for others."""
+    made, _ = await loaded(files)
+    for line in lines:
+        made.use(line)
+    for line in new or []:
+        await made.append(line)
+    return await commit(made, files)
+
+
+def names(files: MemoryFiles) -> list[str]:
+    """The files in the journal, as manifests name them."""
+    return [
+        name.removeprefix(f"{FOLDER}/")
+        for name in sorted(files.files)
+        if name.startswith(f"{FOLDER}/journal/")
+    ]

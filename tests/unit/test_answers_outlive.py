@@ -13,15 +13,12 @@ from airflow_vlm_provider.ledger.journal import FlushPolicy
 from airflow_vlm_provider.shards.opening import open_store
 from tests.support.fakes import CaptionStep, ScriptedEngine
 from tests.support.place import Place
+from tests.support.text_rows import texts
 
 
 @pytest.fixture
 def place(tmp_path):
     return Place(tmp_path)
-
-
-def texts(*names: str) -> list[dict[str, Any]]:
-    return [{"text": name} for name in names]
 
 
 def test_a_shard_without_its_manifest_is_made_again_from_its_journal(place):

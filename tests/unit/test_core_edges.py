@@ -25,15 +25,12 @@ from airflow_vlm_provider.shards.opening import open_store
 from airflow_vlm_provider.types import Request, Result
 from tests.support.fakes import CaptionStep, ScriptedEngine
 from tests.support.place import Place
+from tests.support.text_rows import texts
 
 
 @pytest.fixture
 def place(tmp_path):
     return Place(tmp_path)
-
-
-def texts(*names: str) -> list[dict[str, Any]]:
-    return [{"text": name} for name in names]
 
 
 def says(**answers: str) -> ScriptedEngine:

@@ -2,82 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import av
 import pyarrow.parquet as pq
 import pytest
 
 from airflow_vlm_provider.errors import ConfigError, EngineError, SampleError, TransientError
 from airflow_vlm_provider.shards.formats import RowKeys
-from airflow_vlm_provider.shards.media import MediaLoader
-from airflow_vlm_provider.steps.video_captioning import VideoCaptioningStep
-from airflow_vlm_provider.types import Choice, Media
+from airflow_vlm_provider.types import Choice
 from tests.support.captioning import EOC, LOOP, REFUSAL, VIDEO
 from tests.support.parquet_shards import parquet
-from tests.support.place import Place
 from tests.support.seeing_engine import SeeingEngine, kinds
 from tests.support.tars import tar
+from tests.support.video_place import META, THIRTY_SECONDS, VideoPlace, step, windows
 from tests.support.videos import video
-
-META = "__dj__meta__"
-# Thirty seconds, ten pictures each: two looked at of every window of ten seconds show 25 and 75, and so on.
-LOOKED_AT = {"fps": 0.2, "max_frames": 2, "keep_original_sample": False}
-THIRTY_SECONDS = "saw 25 75", "saw 125 175", "saw 225 275"
-
-
-class CountingLoader(MediaLoader):
-    """Counts what is done with files."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.fetched: Counter[str] = Counter()
-        self.probed: Counter[str] = Counter()
-
-    def fetch(self, ref: Any, **where: Any) -> Any:
-        self.fetched[ref.ref] += 1
-        return super().fetch(ref, **where)
-
-    def probe(self, source: Any) -> Any:
-        self.probed[source.ref] += 1
-        return super().probe(source)
-
-
-class VideoPlace(Place):
-    """A place whose media are files."""
-
-    def __init__(self, root: Path, **options: Any) -> None:
-        super().__init__(root)
-        self.options = options
-        self.forget()
-
-    def forget(self) -> None:
-        """Count anew."""
-        self.loader = CountingLoader(source_uri=str(self.source_path), **self.options)
-        self.media = self.loader  # type: ignore[assignment]
-
-    def put(self, **videos: bytes) -> list[dict[str, Any]]:
-        """Put videos there, and return a row for each."""
-        for name, data in videos.items():
-            (self.source_path / f"{name}.mp4").write_bytes(data)
-        return [{"id": name, "text": f"{VIDEO} old {EOC}", "videos": [f"{name}.mp4"]} for name in videos]
-
-    def letters(self) -> dict[str, dict[str, Any]]:
-        """Dead letters by the name of their video."""
-        path = self.destination_path / "_vlm" / "a.jsonl" / "video_captioning" / "errors.jsonl"
-        letters = [json.loads(line) for line in path.read_text().splitlines()]
-        return {letter["media"].removesuffix(".mp4"): letter for letter in letters}
-
-    def captions(self) -> dict[str, str]:
-        """What stands in the texts, by the name of the row."""
-        return {row["id"]: row["text"].replace(VIDEO, "").replace(EOC, "").strip() for row in self.output()}
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +30,6 @@ def thirty_seconds():
 @pytest.fixture
 def place(tmp_path):
     return VideoPlace(tmp_path)
-
-
-def step(**given: Any) -> VideoCaptioningStep:
-    return VideoCaptioningStep(**{**LOOKED_AT, **given})
-
-
-def windows(row: dict[str, Any]) -> list[list[tuple[float, float, str]]]:
-    return [
-        [(each["start"], each["end"], each["caption"]) for each in one] for one in row[META]["video_windows"]
-    ]
 
 
 @pytest.mark.parametrize("transport", ["auto", "video", "frames"])
@@ -318,153 +250,6 @@ def test_a_sample_error_of_the_engine_about_one_window_says_which_video(place, t
     place.run(SeeingEngine(refuse), shard, step=step(window_seconds=10))
     letter = place.letters()["a"]
     assert (letter["kind"], len(letter["keys"])) == ("rejected", 1)
-
-
-# Videos that are none, or odd
-
-
-def audio_only() -> bytes:
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as file:
-        stream: Any = file.add_stream("aac", rate=48000)
-        for number in range(50):
-            frame = av.AudioFrame(format=stream.codec_context.format.name, layout="stereo", samples=1024)
-            for plane in frame.planes:
-                plane.update(bytes(plane.buffer_size))
-            frame.sample_rate, frame.pts = 48000, number * 1024
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("window_seconds", [None, 10])
-@pytest.mark.parametrize("transport", ["auto", "frames"])
-def test_videos_that_cannot_be_looked_at_are_told_apart_and_the_others_are_captioned(
-    place, thirty_seconds, window_seconds, transport
-):
-    good = place.put(a=thirty_seconds)
-    bad = place.put(
-        empty=b"",
-        truncated=thirty_seconds[: len(thirty_seconds) // 2],
-        sound=audio_only(),
-        text=b"This is not a video at all. " * 100,
-    )
-    missing = [{"id": "gone", "text": VIDEO, "videos": ["gone.mp4"]}]
-    engine = SeeingEngine()
-    shard = place.shard("a.jsonl", [*bad, *missing, *good])
-    (manifest,) = place.run(engine, shard, step=step(window_seconds=window_seconds, transport=transport))
-    assert {name: letter["kind"] for name, letter in place.letters().items()} == {
-        "empty": "media_corrupt",
-        "truncated": "media_corrupt",
-        "sound": "media_unsupported",
-        "text": "media_corrupt",
-        "gone": "media_missing",
-    }
-    assert (manifest.counts.rows_in, manifest.counts.ok, manifest.counts.failed) == (6, 1, 5)
-    messages = [letter["message"] for letter in place.letters().values()]
-    assert len(set(messages)) == 5
-    assert {row["id"]: row for row in place.output()}["empty"] == bad[0]
-    # None of them costs anything, this time or the next.
-    assert {"saw 75 225"} | {*THIRTY_SECONDS, "in all 25 75 125 175 225 275"} >= set(engine.seen)
-    place.forget()
-    assert (
-        place.run_what_is_left(engine, shard, step=step(window_seconds=window_seconds, transport=transport))
-        == []
-    )
-    assert place.loader.fetched == {}
-
-
-def test_a_video_whose_end_is_missing_is_never_captioned_with_what_is_not_there(place):
-    # Fragments, each with a table of its own, so that what is there can be decoded.
-    whole = video(300, fps=10, muxer={"movflags": "frag_keyframe+empty_moov"})
-    shard = place.shard("a.jsonl", place.put(a=whole[: len(whole) // 2], b=whole))
-    (manifest,) = place.run(SeeingEngine(), shard, step=step(window_seconds=10))
-    said = place.captions()
-    assert said["b"] == "in all 25 75 125 175 225 275"
-    # What is left of it is a shorter video: every picture of it stands where it stood.
-    assert manifest.counts.ok == 2
-    shown = [int(number) for number in said["a"].removeprefix("in all ").split()]
-    assert shown[:2] == [25, 75]
-    (found,) = (windows(row)[0] for row in place.output() if row["id"] == "a")
-    assert 10 < found[-1][1] < 20
-    assert shown[-1] <= 10 * found[-1][1]
-
-
-@pytest.mark.parametrize("window_seconds", [None, 10])
-def test_a_video_of_one_picture(place, window_seconds):
-    shard = place.shard("a.jsonl", place.put(a=video(1, fps=10)))
-    place.run(SeeingEngine(), shard, step=step(window_seconds=window_seconds))
-    (row,) = place.output()
-    # Twice, because readers of clips see nothing of a single picture.
-    assert place.captions() == {"a": "saw 0 0"}
-    if window_seconds:
-        assert windows(row) == [[(0, 0.1, "saw 0 0")]]
-
-
-def test_a_video_on_its_side_is_shown_upright(place):
-    size = (96, 64)
-    engine = SeeingEngine(lambda seen: "something")
-    shard = place.shard("a.jsonl", place.put(a=video(100, fps=10, size=size, rotation=90)))
-    place.run(engine, shard, step=step(transport="frames"))
-    from PIL import Image
-
-    sizes = {
-        Image.open(io.BytesIO(part.data)).size
-        for request in engine.requests
-        for part in request.parts
-        if isinstance(part, Media)
-    }
-    assert sizes == {(64, 96)}
-
-
-@pytest.mark.parametrize("transport", ["auto", "frames"])
-def test_windows_of_a_video_whose_pictures_come_at_odd_times(place, transport):
-    # Ten a second, then nothing new for half a minute, then one a second.
-    times = [n / 10 for n in range(100)] + [40.0 + n for n in range(20)]
-    shard = place.shard("a.jsonl", place.put(a=video(times=times, last=1.0, gop=30, b_frames=0)))
-    place.run(SeeingEngine(), shard, step=step(window_seconds=10, transport=transport))
-    (row,) = place.output()
-    assert windows(row) == [
-        [
-            (0, 10, "saw 25 75"),
-            # The last picture is shown for as long as no other comes.
-            (10, 20, "saw 99 99"),
-            (20, 30, "saw 99 99"),
-            (30, 40, "saw 99 99"),
-            (40, 50, "saw 102 107"),
-            (50, 60, "saw 112 117"),
-        ]
-    ]
-
-
-def test_sound_that_goes_on_after_the_last_picture_makes_no_windows(place):
-    shard = place.shard("a.jsonl", place.put(a=video(100, fps=10, sound=25.0)))
-    place.run(SeeingEngine(), shard, step=step(window_seconds=10))
-    assert place.captions() == {"a": "saw 25 75"}
-    assert windows(place.output()[0]) == [[(0, 10, "saw 25 75")]]
-
-
-def test_ten_hours_are_captioned_with_bounded_requests_each_of_a_few_pictures(place):
-    # A picture a minute. More is not needed to find the right ones after hours.
-    shard = place.shard("a.jsonl", place.put(a=video(times=[60.0 * n for n in range(600)], last=60.0)))
-    looked_at = {"fps": 1 / 600, "max_frames": 3, "transport": "frames", "window_seconds": 1800}
-    engine = SeeingEngine()
-    (manifest,) = place.run(engine, shard, step=step(**looked_at))
-    assert (manifest.counts.ok, len(engine.requests)) == (1, 21)
-    (found,) = windows(place.output()[0])
-    assert len(found) == 20
-    assert found[0] == (0, 1800, "saw 5 15 25")
-    assert found[19] == (34200, 36000, "saw 575 585 595")
-    assert max(len(kinds(request)) for request in engine.requests) == 3
-
-
-def test_more_windows_than_anybody_wants_are_refused_before_any_is_asked_about(place):
-    shard = place.shard("a.jsonl", place.put(a=video(times=[0.0, 20_000.0], last=1.0)))
-    engine = SeeingEngine()
-    place.run(engine, shard, step=step(window_seconds=1))
-    letter = place.letters()["a"]
-    assert (letter["kind"], engine.requests) == ("media_too_large", [])
-    assert "window_seconds" in letter["message"]
 
 
 @pytest.mark.parametrize("window_seconds", [None, 10])

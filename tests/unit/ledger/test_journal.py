@@ -1,9 +1,10 @@
+"""What a run leaves behind in the journal, also where saving fails."""
+
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, BinaryIO
@@ -15,7 +16,6 @@ from airflow_vlm_provider.ledger import segments
 from airflow_vlm_provider.ledger.journal import FlushPolicy
 from airflow_vlm_provider.ledger.records import key_of
 from airflow_vlm_provider.ledger.segments import read_segment
-from airflow_vlm_provider.shards.stores import ObjectChangedError, StoreError
 from tests.support.journals import (
     FOLDER,
     NOON,
@@ -26,23 +26,14 @@ from tests.support.journals import (
     journal,
     key,
     loaded,
+    names,
     record,
     records,
+    reuse,
     stored,
     written,
 )
 from tests.support.memory_files import MemoryFiles
-
-
-def names(files: MemoryFiles) -> list[str]:
-    return [
-        name.removeprefix(f"{FOLDER}/")
-        for name in sorted(files.files)
-        if name.startswith(f"{FOLDER}/journal/")
-    ]
-
-
-# What a run leaves behind
 
 
 def test_a_shard_that_was_never_done_has_no_answers():
@@ -83,27 +74,18 @@ def test_a_run_that_needed_no_answers_writes_nothing_and_deletes_nothing():
     assert written(files, []) == []
     kept = written(files, records(2))
     before = dict(files.files)
-    assert asyncio.run(_reuse(files, [])) == []
+    assert asyncio.run(reuse(files, [])) == []
     assert set(names(files)) == set(kept)
     assert {name: data for name, data in files.files.items() if "/journal/" in name} == {
         name: data for name, data in before.items() if "/journal/" in name
     }
 
 
-async def _reuse(files: Any, lines: list[bytes], new: list[bytes] | None = None) -> list[str]:
-    made, _ = await loaded(files)
-    for line in lines:
-        made.use(line)
-    for line in new or []:
-        await made.append(line)
-    return await commit(made, files)
-
-
 @pytest.mark.parametrize("used", [1, 50])
 def test_answers_that_one_segment_has_already_are_not_written_again(used):
     files, lines = MemoryFiles(), records(50)
     kept = written(files, lines, answers=8)
-    assert asyncio.run(_reuse(files, lines[:used] * 3)) == kept
+    assert asyncio.run(reuse(files, lines[:used] * 3)) == kept
     assert names(files) == kept
     assert stored(files) == sorted(lines)
 
@@ -128,7 +110,7 @@ def test_a_whole_segment_that_another_attempt_has_deleted_since_is_written_again
 def test_used_and_new_answers_end_in_one_segment_and_the_old_one_goes():
     files, lines = MemoryFiles(), records(9)
     (old,) = written(files, lines[:6])
-    kept = asyncio.run(_reuse(files, lines[:6], lines[6:]))
+    kept = asyncio.run(reuse(files, lines[:6], lines[6:]))
     assert kept != [old]
     assert names(files) == kept
     assert stored(files) == sorted(lines)
@@ -136,7 +118,7 @@ def test_used_and_new_answers_end_in_one_segment_and_the_old_one_goes():
 
 def test_answers_from_elsewhere_are_kept_by_the_shard_that_used_them():
     files, lines = MemoryFiles(), records(3)
-    kept = asyncio.run(_reuse(files, lines))
+    kept = asyncio.run(reuse(files, lines))
     assert names(files) == kept
     assert stored(files) == sorted(lines)
 
@@ -144,7 +126,7 @@ def test_answers_from_elsewhere_are_kept_by_the_shard_that_used_them():
 def test_answers_that_this_run_had_no_use_for_stay():
     files, lines = MemoryFiles(), records(9)
     (old,) = written(files, lines[:6])
-    kept = asyncio.run(_reuse(files, lines[:5], lines[6:]))
+    kept = asyncio.run(reuse(files, lines[:5], lines[6:]))
     assert set(names(files)) == {old, *kept}
     assert stored(files) == sorted([*lines[:5], *lines])
 
@@ -153,7 +135,7 @@ def test_answers_that_were_asked_for_anew_replace_the_old_ones():
     files = MemoryFiles()
     written(files, records(9))
     anew = [record(number, tick=1, text="another cat") for number in range(9)]
-    kept = asyncio.run(_reuse(files, [], anew))
+    kept = asyncio.run(reuse(files, [], anew))
     assert names(files) == kept
     assert stored(files) == sorted(anew)
 
@@ -181,7 +163,7 @@ def test_a_segment_that_the_manifest_names_by_now_is_not_deleted():
 
 def test_repeated_answers_are_not_repeated_in_the_segment():
     files, lines = MemoryFiles(), records(20)
-    kept = asyncio.run(_reuse(files, lines * 50, records(30)[20:] * 2))
+    kept = asyncio.run(reuse(files, lines * 50, records(30)[20:] * 2))
     (data,) = [files.files[f"{FOLDER}/{name}"] for name in kept]
     assert sorted(read_segment(data)) == sorted(records(30))
 
@@ -250,165 +232,6 @@ def test_what_is_no_line_is_neither_appended_nor_used():
     asyncio.run(go())
 
 
-# What a run finds
-
-
-def torn_kinds(data: bytes) -> dict[str, bytes]:
-    return {"cut": data[:-3], "empty": b"", "garbage": b"\0garbage", "half": data[: len(data) // 2]}
-
-
-@pytest.mark.parametrize("kind", ["cut", "empty", "garbage", "half"])
-def test_a_torn_segment_is_told_and_left_out_and_left_alone(kind, caplog):
-    files, lines = MemoryFiles(), records(8)
-    written(files, lines[:4], committed=False)
-    (torn,) = names(files)
-    files.files[f"{FOLDER}/{torn}"] = torn_kinds(files.files[f"{FOLDER}/{torn}"])[kind]
-    written(files, lines[4:], committed=False)
-
-    async def go() -> tuple[list[bytes], list[str]]:
-        made, found = await loaded(files)
-        for line in found:
-            made.use(line)
-        await made.append(lines[0])
-        await commit(made, files)
-        return found, made.torn
-
-    found, told = asyncio.run(go())
-    assert sorted(found) == sorted(lines[4:])
-    assert told == [torn]
-    assert [each.levelno for each in caplog.records] == [logging.WARNING]
-    assert torn in caplog.text
-    assert torn in names(files)
-    assert stored(files) == sorted([lines[0], *lines[4:]])
-
-
-def test_what_a_newer_version_wrote_is_left_out_and_never_deleted(monkeypatch, caplog):
-    files = MemoryFiles()
-    monkeypatch.setattr(segments, "VERSION", 2)
-    written(files, records(2))
-    monkeypatch.setattr(segments, "VERSION", 1)
-    (newer_one,) = names(files)
-    assert stored(files) == []
-    assert "upgrade" in caplog.text
-    asyncio.run(_reuse(files, [], records(2)))
-    assert newer_one in names(files)
-
-
-def test_other_files_in_the_folder_are_nobodys_business(caplog):
-    files = MemoryFiles()
-    written(files, records(2))
-    files.put(f"{FOLDER}/journal/README.txt", b"mine")
-    files.put(f"{FOLDER}/journal/old.jsonl.zst", b"mine")
-    assert stored(files) == sorted(records(2))
-    assert caplog.records == []
-
-
-def test_a_file_too_large_for_a_segment_is_not_even_read(monkeypatch):
-    files = MemoryFiles()
-    written(files, records(2))
-    (name,) = names(files)
-    monkeypatch.setattr(journal_module, "MAX_FILE_BYTES", 10)
-    files.broken.add(f"{FOLDER}/{name}")
-
-    async def go() -> list[str]:
-        made, lines = await loaded(files)
-        assert lines == []
-        return made.torn
-
-    assert asyncio.run(go()) == [name]
-
-
-def test_one_read_a_segment_and_a_few_at_a_time():
-    files, lines = MemoryFiles(), records(60)
-    written(files, lines, answers=8, committed=False)
-    count = len(names(files))
-    assert count > 2 * journal_module.READERS
-    reads, now, most = [], [0], [0]
-
-    async def in_thread(function: Callable[[], Any]) -> Any:
-        now[0] += 1
-        most[0] = max(most[0], now[0])
-        for _ in range(5):
-            await asyncio.sleep(0)
-        now[0] -= 1
-        return function()
-
-    class Counted(MemoryFiles):
-        def read(self, name: str, *, max_bytes: int) -> bytes:
-            reads.append(name)
-            return super().read(name, max_bytes=max_bytes)
-
-    counted = Counted()
-    counted.files, counted.modified = files.files, files.modified
-    _, found = asyncio.run(loaded(counted, in_thread=in_thread))
-    assert sorted(found) == sorted(lines)
-    assert len(reads) == len(set(reads)) == count
-    assert most[0] == journal_module.READERS
-
-
-class Vanishing(MemoryFiles):
-    """Before a segment is read, another attempt puts it all into a new one and deletes it.
-
-    :param error: What the storage says of a segment that is gone.
-    """
-
-    def __init__(self, error: type[Exception], times: int) -> None:
-        super().__init__()
-        self.error = error
-        self.times = times
-
-    def read(self, name: str, *, max_bytes: int) -> bytes:
-        if "/journal/" in name and self.times:
-            self.times -= 1
-            there = {each: self.files[f"{FOLDER}/{each}"] for each in names(self)}
-            lines = [line for data in there.values() for line in read_segment(data)]
-            other = MemoryFiles()
-            written(other, lines)
-            for each in there:
-                super().delete(f"{FOLDER}/{each}")
-            self.files.update(other.files)
-            self.modified.update(other.modified)
-            raise self.error(name)
-        return super().read(name, max_bytes=max_bytes)
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError, ObjectChangedError])
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_segment_that_another_attempt_replaces_is_found_in_its_new_place(error, times, caplog):
-    files, lines = Vanishing(error, 0), records(20)
-    written(files, lines, answers=8, committed=False)
-    files.times = times
-
-    # In threads: the other attempt has an event loop of its own.
-    made, found = asyncio.run(loaded(files, in_thread=asyncio.to_thread))
-    assert set(found) == set(lines)
-    assert made.torn == []
-    assert caplog.records == []
-    assert set(stored(files)) == set(lines)
-
-
-def test_a_torn_segment_is_told_once_though_the_journal_is_listed_again(caplog):
-    class Late(MemoryFiles):
-        """Says of each segment once that it is not there."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.asked: set[str] = set()
-
-        def read(self, name: str, *, max_bytes: int) -> bytes:
-            if name != torn and name not in self.asked:
-                self.asked.add(name)
-                raise FileNotFoundError(name)
-            return super().read(name, max_bytes=max_bytes)
-
-    files, lines, torn = Late(), records(20), f"{FOLDER}/{segments.segment_name(NOON, '00000000', 1)}"
-    files.put(torn, b"garbage")
-    written(files, lines, answers=8, committed=False)
-    made, found = asyncio.run(loaded(files))
-    assert set(found) == set(lines)
-    assert len(made.torn) == len(caplog.records) == 1
-
-
 def test_attempts_never_share_a_name(monkeypatch):
     """Not even those that write at the same moment."""
     monkeypatch.setattr(journal_module, "datetime", Frozen)
@@ -423,37 +246,6 @@ class Frozen(datetime):
     @classmethod
     def now(cls, tz: Any = None) -> Any:
         return NOON
-
-
-def test_a_listing_that_stays_stale_is_told_and_not_fatal(caplog, monkeypatch):
-    monkeypatch.setattr(journal_module, "LISTING_PAUSE_SECONDS", 0.0)
-    files, lines = MemoryFiles(), records(8)
-    written(files, lines[:4], committed=False)
-    (gone,) = names(files)
-    written(files, lines[4:], committed=False)
-    listed = list(files.list(f"{FOLDER}/journal"))
-    files.delete(f"{FOLDER}/{gone}")
-    files.list = lambda folder="": iter(listed)  # type: ignore[method-assign]
-    made, found = asyncio.run(loaded(files))
-    assert sorted(found) == sorted(lines[4:])
-    assert "were listed and not there" in caplog.text
-    assert made.torn == []
-
-
-@pytest.mark.parametrize("error", [ConnectionError("away"), PermissionError("denied"), StoreError("500")])
-def test_a_store_that_can_not_be_read_is_an_error_and_not_an_empty_journal(error):
-    """Otherwise everything would be paid for again."""
-
-    class Away(MemoryFiles):
-        def read(self, name: str, *, max_bytes: int) -> bytes:
-            raise error
-
-    files = MemoryFiles()
-    written(files, records(2))
-    away = Away()
-    away.files, away.modified = files.files, files.modified
-    with pytest.raises(type(error), match=str(error)):
-        asyncio.run(loaded(away))
 
 
 # Failures while answers are saved
